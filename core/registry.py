@@ -1,0 +1,256 @@
+"""Which models there are, and how a name, a folder or a hub id becomes one.
+
+The table names our own classes; nothing that a file says is ever imported.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import InvalidCheckpoint, InvalidInput, MediatokError, ModelNotFound, nearest_names
+
+PRETRAINED = Path(__file__).parent.parent / "pretrained"
+DTYPES = ("float32", "bfloat16")
+HUB_PATTERNS = ["*.json", "*.yaml", "*.yml", "*.safetensors", "*.bin"]
+
+# Class name in our config.json -> module below the package.
+CLASSES = {
+    "TiTok": "tokenizers.image.titok",
+    "OneDPiece": "tokenizers.image.one_d_piece",
+    "MaskGitVQGAN": "tokenizers.image.maskgit_vqgan",
+}
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """A model that `load` or `create` knows by name.
+
+    parameters: exact count. hub_id: where the authors' weights are; None for models that ship with the package.
+    hub_file: the one file to take from a hub repository that holds several models.
+    """
+
+    name: str
+    class_name: str
+    licence: str
+    parameters: int | None
+    description: str
+    hub_id: str | None = None
+    hub_file: str | None = None
+    kind: str = "tokenizer"
+    modality: str = "image"
+
+    @property
+    def folder(self) -> Path:
+        """Where the weights of a shipped model lie."""
+        return PRETRAINED / self.name
+
+    @property
+    def is_shipped(self) -> bool:
+        return self.hub_id is None
+
+    @property
+    def status(self) -> str:
+        """ "shipped", "downloaded" (in the hub's cache) or "needs download"."""
+        if self.is_shipped:
+            return "shipped"
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = any(
+            isinstance(try_to_load_from_cache(self.hub_id, file), str)
+            for file in ([self.hub_file] if self.hub_file else ["model.safetensors", "pytorch_model.bin"])
+        )
+        return "downloaded" if cached else "needs download"
+
+
+def _titok(name: str, parameters: int, rfid: str) -> ModelEntry:
+    author = "turkeyju" if name.startswith("tatitok") else "yucornetto"
+    suffix = "" if name.startswith("tatitok") else "_imagenet"
+    text = "text-aware, " if name.startswith("tatitok") else ""
+    return ModelEntry(
+        name, "TiTok", "Apache-2.0", parameters, f"{text}256 px, authors' rFID {rfid}",
+        hub_id=f"{author}/tokenizer_{name.replace('-', '_')}{suffix}",
+    )  # fmt: skip
+
+
+ENTRIES = {
+    entry.name: entry
+    for entry in (
+        ModelEntry("titok-tiny", "TiTok", "Apache-2.0", None, "64 px, trained on fluent-emoji"),
+        ModelEntry("one-d-piece-tiny", "OneDPiece", "Apache-2.0", None, "64 px, any length, trained on fluent-emoji"),
+        _titok("titok-l32", 641_100_000, "2.21"),
+        _titok("titok-b64", 204_800_000, "1.70"),
+        _titok("titok-s128", 83_700_000, "1.71"),
+        _titok("titok-bl64-vq8k", 390_000_000, "2.06"),
+        _titok("titok-bl128-vq8k", 390_200_000, "1.49"),
+        _titok("titok-sl256-vq8k", 330_300_000, "1.03"),
+        _titok("titok-ll32-vae-c16", 606_900_000, "1.61"),
+        _titok("titok-bl64-vae-c16", 389_400_000, "1.25"),
+        _titok("titok-bl128-vae-c16", 389_600_000, "0.84"),
+        _titok("tatitok-bl32-vq", 390_800_000, "3.95"),
+        _titok("tatitok-bl64-vq", 390_900_000, "2.43"),
+        _titok("tatitok-bl128-vq", 391_000_000, "1.53"),
+        _titok("tatitok-bl32-vae", 390_200_000, "1.53"),
+        _titok("tatitok-bl64-vae", 390_300_000, "1.47"),
+        _titok("tatitok-sl128-vae", 330_300_000, "0.90"),
+        *(
+            ModelEntry(
+                f"one-d-piece-{size.lower()}256", "OneDPiece", "Apache-2.0", parameters,
+                f"256 px, 1 to 256 tokens, authors' rFID {rfid} at 256",
+                hub_id=f"turing-motors/One-D-Piece-{size}-256",
+            )
+            for size, parameters, rfid in (
+                ("S", 83_900_000, "1.48"), ("B", 205_300_000, "1.11"), ("L", 641_700_000, "1.08")
+            )
+        ),
+        ModelEntry(
+            "maskgit-vqgan", "MaskGitVQGAN", "Apache-2.0", 54_500_000, "256 px, 16x16 codes; proxy codes of two-stage TiTok",
+            hub_id="fun-research/TiTok", hub_file="maskgit-vqgan-imagenet-f16-256.bin",
+        ),
+    )
+}  # fmt: skip
+
+
+def models() -> list[ModelEntry]:
+    """All models known by name: shipped ones first, then the authors' releases."""
+    return list(ENTRIES.values())
+
+
+def find_entry(name: str) -> ModelEntry | None:
+    """The entry of a name ("titok_s128" and "titok-s128" are the same) or of a hub id; None if there is none."""
+    entry = ENTRIES.get(name.lower().replace("_", "-"))
+    return entry or next((e for e in ENTRIES.values() if e.hub_id == name and e.hub_file is None), None)
+
+
+def model_class(class_name: str) -> type:
+    """The class of ours with that name."""
+    if class_name not in CLASSES:
+        raise InvalidCheckpoint(f"{class_name!r} is not a mediatok model class.{nearest_names(class_name, CLASSES)}")
+    return getattr(importlib.import_module(f"..{CLASSES[class_name]}", __package__), class_name)
+
+
+def create(name: str, *, device: str | None = None, dtype: str = "float32", seed: int | None = None):
+    """Build a known model at its full size with random weights; nothing is downloaded.
+
+    Args:
+        name: a name from `models()`.
+        dtype: "float32" or "bfloat16".
+        seed: makes the weights reproducible.
+    """
+    import torch
+
+    entry = find_entry(name)
+    if entry is None:
+        raise ModelNotFound(f"unknown model {name!r}.{nearest_names(name, ENTRIES)} See mediatok.models().")
+    torch_dtype = _torch_dtype(dtype)
+    with torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        model = model_class(entry.class_name)(**constructor_arguments(entry))
+    model.name = entry.name
+    return model.cast(torch_dtype).to(device or "cpu").eval()
+
+
+def constructor_arguments(entry: ModelEntry) -> dict:
+    """What the class of `entry` is built with: its shipped config, or the published sizes."""
+    if entry.is_shipped:
+        config = _read_config(entry.folder / "config.json")
+        return {key: value for key, value in config.items() if not key.startswith("_")}
+    module = importlib.import_module(f"..{CLASSES[entry.class_name]}", __package__)
+    return module.released_configs()[entry.name]
+
+
+def load(name_or_path: str | Path, *, device: str | None = None, dtype: str = "float32"):
+    """Load a model with its weights.
+
+    Args:
+        name_or_path: a name from `models()`, a local folder in our layout or in the authors', a released `.bin` or
+            `.safetensors` file, or a hub id ("owner/repository").
+        device: "cpu", "cuda" ... (default "cpu").
+        dtype: "float32" or "bfloat16"; nearest codes are always searched in fp32.
+
+    Raises:
+        ModelNotFound: unknown name, or weights that are neither here nor reachable.
+        InvalidCheckpoint: weights or a config that do not fit, or that try to name code.
+    """
+    torch_dtype = _torch_dtype(dtype)
+    path, entry = Path(name_or_path), find_entry(str(name_or_path))
+    if entry is None and path.exists():
+        model = _load_path(path)
+    elif entry is not None and entry.is_shipped:
+        model = _load_folder(entry.folder)
+        model.name = entry.name
+    elif entry is not None or _looks_like_hub_id(str(name_or_path)):
+        hub_id = entry.hub_id if entry else str(name_or_path)
+        model = _load_path(_download(hub_id, entry.hub_file if entry else None), entry)
+        model.name = entry.name if entry else hub_id
+    else:
+        hint = nearest_names(str(name_or_path), ENTRIES)
+        raise ModelNotFound(f"{str(name_or_path)!r} is neither a known model nor a file or folder here.{hint}")
+    return model.cast(torch_dtype).to(device or "cpu").eval()
+
+
+def _load_path(path: Path, entry: ModelEntry | None = None):
+    if path.is_dir() and "_class_name" in _read_config(path / "config.json", missing_ok=True):
+        return _load_folder(path)
+    from ..convert import load_official
+
+    return load_official(path, name=entry.name if entry else None)
+
+
+def _load_folder(folder: Path):
+    """A folder in our layout: config.json with `_class_name`, and safetensors weights."""
+    config = _read_config(folder / "config.json")
+    cls = model_class(str(config.get("_class_name")))
+    try:
+        model = cls.from_pretrained(folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False)
+    except MediatokError:
+        raise
+    except Exception as error:  # diffusers and safetensors raise many kinds for a broken folder
+        reason = " ".join(str(error).split())[:300]
+        raise InvalidCheckpoint(f"{folder} could not be loaded as {cls.__name__}: {reason}") from error
+    model.name = folder.name
+    return model
+
+
+def _read_config(path: Path, missing_ok: bool = False) -> dict:
+    if not path.is_file():
+        if missing_ok:
+            return {}
+        raise ModelNotFound(f"{path} is missing; a model folder holds config.json and safetensors weights")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise InvalidCheckpoint(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise InvalidCheckpoint(f"{path} must hold a JSON object")
+    return config
+
+
+def _looks_like_hub_id(name: str) -> bool:
+    parts = name.split("/")
+    return len(parts) == 2 and all(part and not part.startswith((".", "-")) for part in parts)
+
+
+def _download(hub_id: str, file: str | None) -> Path:
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    try:
+        if file is not None:
+            return Path(hf_hub_download(hub_id, file))
+        return Path(snapshot_download(hub_id, allow_patterns=HUB_PATTERNS))
+    except Exception as error:  # huggingface_hub raises many kinds: no network, no such repository, gated ...
+        raise ModelNotFound(
+            f"the weights of {hub_id} could not be downloaded ({error.__class__.__name__}). Download the repository on a "
+            "machine with network access and pass its folder instead of the name."
+        ) from error
+
+
+def _torch_dtype(dtype: str):
+    import torch
+
+    if dtype not in DTYPES:
+        raise InvalidInput(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    return getattr(torch, dtype)

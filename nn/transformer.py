@@ -1,0 +1,62 @@
+"""The pre-norm transformer block that TiTok took over from CLIP.
+
+Shape suffixes: B batch, L positions, K kept positions, W width, H heads, D head width.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with the packed parameters of `torch.nn.MultiheadAttention` (order q, k, v), batch first."""
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"width {width} is not divisible by {num_heads} heads")
+        self.num_heads = num_heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+
+    def forward(self, x_BLW: Tensor, keep: slice | None = None, visible_BL: Tensor | None = None) -> Tensor:
+        """Attend from the positions `keep` (all when None) to the positions where `visible_BL` is True (all when None)."""
+        split = "b l (n h d) -> n b h l d"
+        if keep is None:
+            qkv = F.linear(x_BLW, self.in_proj_weight, self.in_proj_bias)
+            q_BHLD, k_BHLD, v_BHLD = rearrange(qkv, split, n=3, h=self.num_heads)
+        else:
+            width = x_BLW.shape[-1]
+            q_weight, kv_weight = self.in_proj_weight.split([width, 2 * width])
+            q_bias, kv_bias = self.in_proj_bias.split([width, 2 * width])
+            (q_BHLD,) = rearrange(F.linear(x_BLW[:, keep], q_weight, q_bias), split, n=1, h=self.num_heads)
+            k_BHLD, v_BHLD = rearrange(F.linear(x_BLW, kv_weight, kv_bias), split, n=2, h=self.num_heads)
+        mask = None if visible_BL is None else visible_BL[:, None, None, :]
+        y_BHLD = F.scaled_dot_product_attention(q_BHLD, k_BHLD, v_BHLD, attn_mask=mask)
+        return self.out_proj(rearrange(y_BHLD, "b h l d -> b l (h d)"))
+
+
+class ResidualAttentionBlock(nn.Module):
+    """x = x + MHA(LN(x)); x = x + MLP(LN(x)), with exact GELU and an MLP four times as wide."""
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = Attention(width, num_heads)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=nn.GELU(), c_proj=nn.Linear(4 * width, width))
+        )
+
+    def forward(self, x_BLW: Tensor, keep: slice | None = None, visible_BL: Tensor | None = None) -> Tensor:
+        """Return all positions, or only those in `keep`: the last block of a stack need not compute what nobody reads."""
+        residual_BKW = x_BLW if keep is None else x_BLW[:, keep]
+        x_BKW = residual_BKW + self.attn(self.ln_1(x_BLW), keep, visible_BL)
+        return x_BKW + self.mlp(self.ln_2(x_BKW))
