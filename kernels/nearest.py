@@ -158,8 +158,8 @@ if triton is not None:
 
     @triton.jit
     def _score_kernel(
-        z_ptr, codes_ptr, code_norm_ptr, tolerance_ptr, ids_ptr, is_close_ptr, num_rows, num_codes, dims,
-        ROWS: tl.constexpr, CODES: tl.constexpr, DIMS: tl.constexpr,
+        z_ptr, codes_ptr, code_norm_ptr, tolerance_ptr, ids_ptr, is_close_ptr, num_rows,
+        num_codes: tl.constexpr, dims: tl.constexpr, ROWS: tl.constexpr, CODES: tl.constexpr, DIMS: tl.constexpr,
     ):  # fmt: skip
         """Id of the best fp32 score, and whether the second best is too close to be sure. One program: ROWS rows."""
         row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -190,7 +190,10 @@ if triton is not None:
         tl.store(is_close_ptr + row, 1 - is_sure.to(tl.int8), mask=row < num_rows)
 
     @triton.jit
-    def _resolve_kernel(z_ptr, codes_ptr, is_close_ptr, ids_ptr, num_codes, dims, CODES: tl.constexpr):
+    def _resolve_kernel(
+        z_ptr, codes_ptr, is_close_ptr, ids_ptr,
+        num_codes: tl.constexpr, dims: tl.constexpr, CODES: tl.constexpr,
+    ):  # fmt: skip
         """The reference's arithmetic for the rows marked as close. One program: one row."""
         row = tl.program_id(0).to(tl.int64)
         if tl.load(is_close_ptr + row) != 0:
