@@ -1,0 +1,284 @@
+"""`Tokens`: the ids of one medium or of a batch, with what decoding them needs.
+
+Shape suffixes: B items, L tokens of the longest item, Q codebooks a position.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .errors import InvalidInput, InvalidTokens, TokenizerMismatch
+from .files import atomic_write, read_limited
+
+MAX_SIDE = 2**16 - 1  # pixels; JPEG and GIF have the same limit
+MAX_TILES = 2**12  # a side
+MAX_LENGTH = 2**28 - 1  # tokens of an item
+MAX_VOCAB_SIZE = 2**32
+MAX_CODEBOOKS = 255
+MAX_NAME_BYTES = 24
+
+
+@dataclass(frozen=True)
+class ImageFrame:
+    """What a picture was: its size in pixels, and the grid of its tiles.
+
+    rows, cols: 1 x 1 when the whole picture was resized to the tokenizer's size. Otherwise the ids are those of
+    rows * cols tiles, one tile after the other in row-major order, each with the same number of tokens.
+    """
+
+    width: int
+    height: int
+    rows: int = 1
+    cols: int = 1
+
+    def __post_init__(self):
+        for name, limit in (("width", MAX_SIDE), ("height", MAX_SIDE), ("rows", MAX_TILES), ("cols", MAX_TILES)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or not 1 <= value <= limit:
+                raise InvalidTokens(f"the {name} of an image frame must be 1 to {limit}, not {value!r}")
+
+    @property
+    def num_tiles(self) -> int:
+        return self.rows * self.cols
+
+
+# What an item of each modality carries beside its ids. A new modality adds its frame here and its bytes in mtok.py.
+FRAMES = {"image": ImageFrame}
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Tokens:
+    """Ids of B items, all made by one tokenizer. Immutable: methods and `dataclasses.replace` return new `Tokens`.
+
+    ids: int64 [B, L], or [B, L, Q] where a position has Q codebooks; on the CPU, each in [0, vocab_size). Rows are
+        padded with 0 past their length; L is the largest length.
+    lengths: int64 [B], tokens of each item, at least 1.
+    tokenizer: name of the tokenizer, cut to 24 UTF-8 bytes; for people, `fingerprint` decides.
+    fingerprint: 16 hex digits of the tokenizer's config and codebook.
+    vocab_size: 2 to 2**32 codes.
+    modality: "image".
+    frames: one an item, see `ImageFrame`.
+    is_batch: whether they came from a list, so that decoding returns a list.
+
+    Raises:
+        InvalidTokens: any of this does not hold.
+    """
+
+    ids: Tensor
+    lengths: Tensor
+    tokenizer: str
+    fingerprint: str
+    vocab_size: int
+    modality: str
+    frames: tuple[ImageFrame, ...]
+    is_batch: bool = True
+
+    def __post_init__(self):
+        _check_labels(self)
+        lengths_B = _as_int64("lengths", self.lengths, ndims=(1,))
+        if len(lengths_B) == 0:
+            raise InvalidTokens("tokens need at least one item")
+        if not 1 <= int(lengths_B.min()) <= int(lengths_B.max()) <= MAX_LENGTH:
+            raise InvalidTokens(f"lengths must be 1 to {MAX_LENGTH}, got {_span(lengths_B)}")
+        ids = _as_int64("ids", self.ids, ndims=(2, 3))
+        if ids.shape[0] != len(lengths_B) or ids.shape[1] < int(lengths_B.max()):
+            raise InvalidTokens(
+                f"ids {list(ids.shape)} do not hold {len(lengths_B)} items of length {_span(lengths_B)}"
+            )
+        if ids.ndim == 3 and not 1 <= ids.shape[2] <= MAX_CODEBOOKS:
+            raise InvalidTokens(f"ids [B, L, Q] must have 1 to {MAX_CODEBOOKS} codebooks, got {list(ids.shape)}")
+        ids = ids[:, : int(lengths_B.max())]
+        if not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
+            raise InvalidTokens(f"ids must lie in [0, {self.vocab_size}), got {_span(ids)}")
+        is_padding_BL = torch.arange(ids.shape[1]) >= lengths_B[:, None]
+        if bool(ids[is_padding_BL].any()):
+            raise InvalidTokens("ids past the length of their item must be 0")
+        frames = tuple(self.frames)
+        _check_frames(frames, FRAMES[self.modality], lengths_B)
+        if not self.is_batch and len(lengths_B) != 1:
+            raise InvalidTokens(f"is_batch=False is for one item, got {len(lengths_B)}")
+        # Copies outside of inference mode: ours alone, and usable as indices where gradients are needed.
+        with torch.inference_mode(False):
+            object.__setattr__(self, "ids", ids.clone(memory_format=torch.contiguous_format))
+            object.__setattr__(self, "lengths", lengths_B.clone())
+        object.__setattr__(self, "frames", frames)
+        object.__setattr__(self, "tokenizer", _cut_name(self.tokenizer))
+
+    def __len__(self) -> int:
+        """Number of items."""
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[Tokens]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, key) -> Tokens:
+        """`tokens[i]`: one item. `tokens[a:b]`: some items. `tokens[:, :k]`: the first k tokens of every item."""
+        if isinstance(key, tuple):
+            if len(key) != 2 or not isinstance(key[1], slice):
+                raise InvalidInput("tokens take tokens[i], tokens[a:b] or tokens[:, :k]")
+            return self[key[0]]._prefix(key[1])
+        if isinstance(key, slice):
+            items, is_batch = key, True
+            if not range(len(self))[items]:
+                raise InvalidInput(f"tokens[{key.start}:{key.stop}] selects none of {len(self)} items")
+        else:
+            index = operator.index(key)
+            if not -len(self) <= index < len(self):
+                raise IndexError(f"item {index} of {len(self)} items")
+            items, is_batch = slice(index % len(self), index % len(self) + 1), False
+        # Through numpy's rules of slices: torch has no negative steps.
+        chosen = torch.arange(len(self)).numpy()[items].copy()
+        return replace(
+            self, ids=self.ids[chosen], lengths=self.lengths[chosen], frames=self.frames[items], is_batch=is_batch
+        )
+
+    def _prefix(self, key: slice) -> Tokens:
+        if key.start not in (None, 0) or key.step not in (None, 1):
+            raise InvalidInput("only prefixes of the tokens can be taken: tokens[:, :k]")
+        if key.stop is None:
+            return self
+        count = operator.index(key.stop)
+        if count < 1:
+            raise InvalidInput(f"tokens[:, :{count}] would keep no tokens; keep at least 1")
+        if self.modality == "image" and any(frame.num_tiles > 1 for frame in self.frames):
+            raise InvalidInput(f"tiled pictures have no common prefix; use encode(..., tile=True, num_tokens={count})")
+        return replace(self, ids=self.ids[:, :count], lengths=self.lengths.clamp(max=count))
+
+    @staticmethod
+    def cat(parts: Sequence[Tokens]) -> Tokens:
+        """Join the items of several `Tokens` of the same tokenizer into one batch."""
+        if not parts:
+            raise InvalidInput("no tokens to join")
+        first = parts[0]
+        for part in parts[1:]:
+            first.check(part.tokenizer, part.fingerprint)
+            if (part.modality, part.vocab_size, part.ids.shape[2:]) != (
+                first.modality, first.vocab_size, first.ids.shape[2:],
+            ):  # fmt: skip
+                raise InvalidTokens(f"{part!r} and {first!r} cannot be joined")
+        lengths_B = torch.cat([part.lengths for part in parts])
+        ids = torch.zeros(len(lengths_B), int(lengths_B.max()), *first.ids.shape[2:], dtype=torch.int64)
+        start = 0
+        for part in parts:
+            ids[start : start + len(part), : part.ids.shape[1]] = part.ids
+            start += len(part)
+        frames = tuple(frame for part in parts for frame in part.frames)
+        return replace(first, ids=ids, lengths=lengths_B, frames=frames, is_batch=True)
+
+    def check(self, name: str, fingerprint: str) -> None:
+        """Raise TokenizerMismatch unless these tokens were made with the tokenizer of that fingerprint."""
+        if fingerprint != self.fingerprint:
+            raise TokenizerMismatch(
+                f"these tokens were made by {self.tokenizer} ({self.fingerprint}) and cannot be decoded by {name} "
+                f"({fingerprint}); load the tokenizer that made them"
+            )
+
+    @property
+    def bits_per_token(self) -> int:
+        """Bits of one id in a file: ceil(log2(vocab_size)). A position with Q codebooks takes Q times as many."""
+        return (self.vocab_size - 1).bit_length()
+
+    @property
+    def num_bytes(self) -> int:
+        """Exact size of the `.mtok` file."""
+        from .mtok import size_bytes
+
+        return size_bytes(self)
+
+    def to_bytes(self) -> bytes:
+        """The `.mtok` file (docs/mtok.md). The same tokens always give the same bytes."""
+        from .mtok import write_mtok
+
+        return write_mtok(self)
+
+    @staticmethod
+    def from_bytes(data: bytes) -> Tokens:
+        """Parse a `.mtok` file; InvalidTokens says what is wrong with it."""
+        from .mtok import read_mtok
+
+        return read_mtok(data)
+
+    def save(self, path: str | Path) -> None:
+        """Write a `.mtok` file. `path` is left as it was on any error."""
+        data = self.to_bytes()
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(data)
+
+    @staticmethod
+    def load(path: str | Path) -> Tokens:
+        """Read a `.mtok` file. InvalidInput if it cannot be read, InvalidTokens if it is not sound."""
+        from .mtok import MAX_FILE_BYTES
+
+        try:
+            return Tokens.from_bytes(read_limited(path, MAX_FILE_BYTES))
+        except InvalidTokens as error:
+            raise InvalidTokens(f"{path}: {error}") from error
+
+    def __eq__(self, other) -> bool:
+        if not isinstance(other, Tokens):
+            return NotImplemented
+        return (
+            all(
+                getattr(self, name) == getattr(other, name)
+                for name in ("tokenizer", "fingerprint", "vocab_size", "modality", "frames", "is_batch")
+            )
+            and torch.equal(self.lengths, other.lengths)
+            and torch.equal(self.ids, other.ids)
+        )
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        items = f"1 {self.modality}" if len(self) == 1 else f"{len(self)} {self.modality}s"
+        codebooks = f" x {self.ids.shape[2]}" if self.ids.ndim == 3 else ""
+        return (
+            f"Tokens({items}, {_span(self.lengths)}{codebooks} tokens of {self.bits_per_token} bits, "
+            f"{self.num_bytes} bytes, {self.tokenizer} {self.fingerprint})"
+        )
+
+
+def _check_labels(tokens: Tokens) -> None:
+    """Everything but the numbers; names end up in messages, so they must be printable."""
+    if not isinstance(tokens.tokenizer, str) or not tokens.tokenizer.isprintable():
+        raise InvalidTokens(f"the tokenizer's name must be printable text, not {tokens.tokenizer!r}")
+    if not isinstance(tokens.fingerprint, str) or not re.fullmatch("[0-9a-f]{16}", tokens.fingerprint):
+        raise InvalidTokens(f"a fingerprint is 16 lower-case hex digits, not {tokens.fingerprint!r}")
+    if not isinstance(tokens.vocab_size, int) or not 2 <= tokens.vocab_size <= MAX_VOCAB_SIZE:
+        raise InvalidTokens(f"vocab_size must be 2 to {MAX_VOCAB_SIZE}, not {tokens.vocab_size!r}")
+    if tokens.modality not in FRAMES:
+        raise InvalidTokens(f"modality must be one of {', '.join(FRAMES)}, not {tokens.modality!r}")
+
+
+def _check_frames(frames: tuple, frame_class: type, lengths_B: Tensor) -> None:
+    if len(frames) != len(lengths_B) or not all(isinstance(frame, frame_class) for frame in frames):
+        raise InvalidTokens(f"{len(lengths_B)} items need as many {frame_class.__name__}s, got {len(frames)} frames")
+    if frame_class is ImageFrame:
+        for frame, length in zip(frames, lengths_B.tolist(), strict=True):
+            if length % frame.num_tiles:
+                raise InvalidTokens(f"{length} tokens do not divide into {frame.rows} x {frame.cols} tiles")
+
+
+def _as_int64(name: str, values: Tensor, ndims: tuple[int, ...]) -> Tensor:
+    is_integer = isinstance(values, Tensor) and not (values.is_floating_point() or values.is_complex())
+    if not is_integer or values.dtype == torch.bool or values.ndim not in ndims:
+        kind = f"{values.dtype} {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise InvalidTokens(
+            f"{name} must be an integer tensor of {' or '.join(map(str, ndims))} dimensions, got {kind}"
+        )
+    return values.detach().to("cpu", torch.int64)
+
+
+def _cut_name(name: str) -> str:
+    return name.encode()[:MAX_NAME_BYTES].decode(errors="ignore")
+
+
+def _span(values: Tensor) -> str:
+    low, high = int(values.min()), int(values.max())
+    return str(low) if low == high else f"{low} to {high}"
