@@ -231,7 +231,7 @@ class MaskGitVQGAN(ImageTokenizer):
         return F.softmax(-distance_BLK / temperature, dim=-1), self.quantize.nearest(z_BEhw).flatten(1)
 
     def decode_ids(self, ids: Tensor, lengths_B: Tensor | None = None) -> Tensor:
-        """Pixels fp32 [B, 3, H, W], nominally in [0, 1] but not clamped, of int64 ids [B, h, w] or, of a square, [B, L]."""
+        """Pixels fp32 [B, 3, H, W], nominally in [0, 1], not clamped, of int64 ids [B, h, w], or [B, L] of a square."""
         if ids.ndim == 2:
             side = isqrt(ids.shape[1])
             if side**2 != ids.shape[1]:
