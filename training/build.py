@@ -1,0 +1,68 @@
+"""From a recipe's model section to the modules that are trained."""
+
+from __future__ import annotations
+
+import inspect
+
+from ..core.errors import InvalidInput, InvalidRecipe, nearest_names
+from ..core.registry import constructor_arguments, find_entry, load, model_class
+from .recipe import ModelRecipe
+
+
+def build_model(recipe: ModelRecipe, config: dict | None = None):
+    """The tokenizer of `recipe`: fresh, from `init_from`, or with exactly `config` (of a checkpoint) and random weights.
+
+    Raises:
+        InvalidRecipe: names, sizes or flags that do not fit together.
+    """
+    if config is not None:
+        return _construct(recipe.class_name, config)
+    if recipe.init_from is None:
+        return _construct(recipe.class_name, _fresh_config(recipe))
+    if recipe.config or recipe.like:
+        raise InvalidRecipe("model.init_from brings its own sizes; leave out model.config and model.like")
+    model = load(str(recipe.init_from))
+    if type(model).__name__ != recipe.class_name:
+        raise InvalidRecipe(f"model.init_from holds a {type(model).__name__}, model.class_name is {recipe.class_name}")
+    if recipe.stage == "2" and not model.config.has_pixel_decoder:
+        if recipe.vqgan is None:
+            raise InvalidRecipe("stage 2 of a stage-1 model needs model.vqgan (MaskGIT-VQGAN weights)")
+        model.add_pixel_decoder(load_vqgan(recipe))
+    return model
+
+
+def load_vqgan(recipe: ModelRecipe):
+    """The frozen MaskGIT-VQGAN that gives stage 1 its targets and stage 2 its first pixel decoder."""
+    vqgan = load(str(recipe.vqgan))
+    if type(vqgan).__name__ != "MaskGitVQGAN":
+        raise InvalidRecipe(f"model.vqgan {recipe.vqgan} holds a {type(vqgan).__name__}, not a MaskGitVQGAN")
+    return vqgan.requires_grad_(False).eval()
+
+
+def _fresh_config(recipe: ModelRecipe) -> dict:
+    config: dict = {}
+    if recipe.like is not None:
+        entry = find_entry(recipe.like)
+        if entry is None or entry.class_name != recipe.class_name:
+            from ..core.registry import ENTRIES
+
+            names = [name for name, known in ENTRIES.items() if known.class_name == recipe.class_name]
+            raise InvalidRecipe(
+                f"model.like {recipe.like!r} is not a known {recipe.class_name}.{nearest_names(recipe.like, names)}"
+            )
+        config |= constructor_arguments(entry)
+    two_stage = recipe.stage != "single"
+    config |= {"is_legacy": two_stage, "has_pixel_decoder": recipe.stage == "2"}
+    return config | recipe.config
+
+
+def _construct(class_name: str, config: dict):
+    cls = model_class(class_name)
+    known = list(inspect.signature(cls.__init__).parameters)[1:]
+    for key in config:
+        if key not in known:
+            raise InvalidRecipe(f"unknown key model.config.{key}.{nearest_names(key, known)}")
+    try:
+        return cls(**config)
+    except (InvalidInput, ValueError, TypeError) as error:
+        raise InvalidRecipe(f"model.config: {error}") from error

@@ -1,0 +1,64 @@
+"""A finished (or running) training run as a model folder: `python -m mediatok.training.export RUN OUT [--dtype float16]`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from ..core.errors import InvalidInput, MediatokError
+from .checkpoint import load_checkpoint, whole_checkpoints
+from .recipe import check_recipe
+
+DTYPES = ("float32", "float16")
+
+
+def export_model(model: torch.nn.Module, out: str | Path, dtype: str = "float32") -> Path:
+    """Save `model` to `out` in the library's layout, its weights stored as `dtype` (computing is in fp32 again)."""
+    if dtype not in DTYPES:
+        raise InvalidInput(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    # A buffer of training (the running code usage) is of no use to a finished model.
+    if model.config.get("clustering"):
+        del model.quantize.embed_prob
+        model.quantize.clustering = False
+        model.register_to_config(clustering=False)
+    model.to(getattr(torch, dtype)).save_pretrained(out, safe_serialization=True)
+    return Path(out)
+
+
+def export_run(run: str | Path, out: str | Path, dtype: str | None = None) -> Path:
+    """Save the averaged weights of the newest whole checkpoint of `run`.
+
+    Raises:
+        InvalidInput: no checkpoint there.
+    """
+    from .build import build_model
+
+    checkpoints = whole_checkpoints(Path(run) / "checkpoints")
+    if not checkpoints:
+        raise InvalidInput(f"{run} has no whole checkpoint")
+    tensors, state = load_checkpoint(checkpoints[-1])
+    recipe = check_recipe(state["recipe"])
+    model = build_model(recipe.model, config=state["model_config"])
+    model.load_state_dict(tensors["model"] | tensors["ema"])
+    return export_model(model, out, dtype or recipe.run.export_dtype)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m mediatok.training.export", description=__doc__)
+    parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument("out", type=Path, help="the model folder to write")
+    parser.add_argument("--dtype", choices=DTYPES, help="how weights are stored (default: the recipe's)")
+    arguments = parser.parse_args(argv)
+    try:
+        print(export_run(arguments.run, arguments.out, arguments.dtype))
+    except MediatokError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""Learning rate, weight decay groups and the averaged weights of tokenizer training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+# Parameters whose name contains one of these are not decayed (TiTok's list; One-D-Piece's lacks "embed").
+NO_DECAY = ("ln", "bias", "latent_tokens", "mask_token", "embedding", "norm", "gamma")
+NO_DECAY_TITOK = (*NO_DECAY, "embed")
+
+
+def cosine_lr(step: int, base_lr: float, end_lr: float, warmup_steps: int, total_steps: int) -> float:
+    """Learning rate of update `step` (from 0): linear warm-up from 0, then a cosine down to `end_lr` at `total_steps`.
+
+    A pure function of the update count: how many processes take part does not matter.
+    """
+    if step < warmup_steps:
+        return base_lr * step / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return end_lr + (base_lr - end_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def make_optimizer(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    no_decay: tuple[str, ...] = NO_DECAY_TITOK,
+) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; vectors and names of `no_decay` are not decayed."""
+    decayed, plain = [], []
+    for name, parameter in named_parameters:
+        if parameter.requires_grad:
+            is_plain = parameter.ndim < 2 or any(part in name for part in no_decay)
+            (plain if is_plain else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=betas, fused=True)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def ema_decay(step: int, maximum: float) -> float:
+    """Decay of the weight average after update `step` (from 1): 0 at first, then (1 + s) / (10 + s) up to `maximum`."""
+    s = max(0, step - 1)
+    return 0.0 if s == 0 else min(maximum, (1 + s) / (10 + s))
+
+
+class WeightAverage:
+    """diffusers' EMAModel over a module, with its state under the parameters' names."""
+
+    def __init__(self, module: nn.Module, decay: float):
+        from diffusers.training_utils import EMAModel
+
+        self.names = [name for name, _ in module.named_parameters()]
+        self.ema = EMAModel(module.parameters(), decay=decay, foreach=True)
+
+    def step(self, module: nn.Module) -> None:
+        """Account for one update of `module`; frozen parameters are copied."""
+        self.ema.step(module.parameters())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(zip(self.names, self.ema.shadow_params, strict=True))
+
+    def load_state_dict(self, tensors: dict[str, Tensor], steps: int) -> None:
+        for name, shadow in self.state_dict().items():
+            shadow.copy_(tensors[name])
+        self.ema.optimization_step = steps
+
+    def swap_in(self, module: nn.Module) -> None:
+        """Put the averaged weights into `module` until `swap_out`."""
+        self.ema.store(module.parameters())
+        self.ema.copy_to(module.parameters())
+
+    def swap_out(self, module: nn.Module) -> None:
+        self.ema.restore(module.parameters())

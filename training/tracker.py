@@ -1,0 +1,76 @@
+"""What a run tells about itself: TensorBoard, a JSONL log with the same numbers, and grids of samples.
+
+Shape suffixes: B batch, L tokens, 3/H/W image.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..core.images import to_pil
+
+logger = logging.getLogger(__name__)
+LOG = "log.jsonl"
+
+
+class Tracker:
+    """Writes to `folder`. A resumed run drops what an earlier attempt logged behind its checkpoint."""
+
+    def __init__(self, folder: Path, first_step: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.writer = SummaryWriter(folder / "tensorboard", purge_step=first_step + 1 if first_step else None)
+        path = folder / LOG
+        kept = [line for line in read_log(path) if line["step"] <= first_step] if path.exists() else []
+        staged = path.with_suffix(".writing")
+        staged.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        os.replace(staged, path)
+        self.file = open(path, "a", buffering=1)  # noqa: SIM115  open for the length of the run
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        logger.info("step %d  %s", step, "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
+
+    def samples(self, step: int, real_B3HW: Tensor, fake_B3HW: Tensor) -> None:
+        """Originals in the upper row, reconstructions below."""
+        grid = torch.cat([torch.cat(list(row), dim=-1) for row in (real_B3HW, fake_B3HW.clamp(0, 1))], dim=-2).cpu()
+        self.writer.add_image("samples", grid, step)
+        path = self.folder / "samples" / f"step_{step:08d}.png"
+        path.parent.mkdir(exist_ok=True)
+        to_pil(grid).save(path)
+
+    def close(self) -> None:
+        self.writer.close()
+        self.file.close()
+
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of a run's JSONL log; a line that a kill cut short is left out."""
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines
+
+
+def code_usage(ids_BL: Tensor, codebook_size: int) -> dict[str, float]:
+    """Fraction of the codes that occur, and the perplexity of their distribution (`codebook_size` when uniform)."""
+    counts_K = torch.bincount(ids_BL.flatten(), minlength=codebook_size).double()
+    probabilities_K = counts_K / counts_K.sum()
+    entropy = -(probabilities_K * probabilities_K.clamp(min=1e-12).log()).sum()
+    return {
+        "codebook_usage": float((counts_K > 0).double().mean()),
+        "codebook_perplexity": float(entropy.exp()),
+    }
