@@ -52,7 +52,7 @@ def read_case(folder: str | Path) -> Case:
     system = config.get("system", folder.resolve().parent.name)
     kind = config.get("kind")
     if not isinstance(system, str) or not isinstance(kind, str):
-        raise InvalidInput(f"{folder / 'config.json'} must name its \"kind\" (and \"system\") as text")
+        raise InvalidInput(f'{folder / "config.json"} must name its "kind" (and "system") as text')
     return Case(folder, system, kind, config, io)
 
 

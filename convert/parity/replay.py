@@ -68,22 +68,29 @@ class Replay:
 
         return iter(sorted(filter(None, (re.fullmatch(pattern, name) for name in self.case.io)), key=numeric))
 
-    def check(self, name: str, ours: Tensor | float | int, tolerance: Tolerance = EXACT) -> None:
-        """Compare `ours` with the recorded tensor `name` and print the line. Nothing happens when it was not recorded."""
+    def check(
+        self, name: str, ours: Tensor | float | int, tolerance: Tolerance = EXACT, note: str | None = None
+    ) -> None:
+        """Compare `ours` with the recorded tensor `name` and print the line. Nothing happens when it was not recorded.
+
+        One tensor may be compared several times, when we have several ways to compute it; `note` says which.
+        """
         if name not in self.case.io:
             return
         recorded = self.case.io[name]
-        ours = torch.as_tensor(ours).detach().cpu()
+        ours = torch.tensor(ours, dtype=torch.float64) if isinstance(ours, float) else torch.as_tensor(ours)
+        ours = ours.detach().cpu()
         self.compared.add(name)
+        label = f"{name} ({note})" if note else name
         reason = _kind_difference(ours, recorded)
         if reason is None:
             error, ok = _largest_error(ours, recorded, tolerance)
-            self._line(name, recorded, f"{error:.2e}", str(tolerance), "ok" if ok else "FAIL")
+            self._line(label, recorded, f"{error:.2e}", str(tolerance), "ok" if ok else "FAIL")
         else:
             ok = False
-            self._line(name, recorded, "-", str(tolerance), f"FAIL ({reason})")
+            self._line(label, recorded, "-", str(tolerance), f"FAIL ({reason})")
         if not ok:
-            self.failures.append(name)
+            self.failures.append(label)
 
     def check_all(self, values: Mapping[str, Tensor], tolerance: Tolerance) -> None:
         """`check` every item of `values`."""

@@ -1,0 +1,150 @@
+"""Finding the config and the weights in what the authors released: hub folders, training outputs and single files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..core.errors import InvalidCheckpoint, ModelNotFound, nearest_names
+from ..core.registry import ENTRIES, ModelEntry, constructor_arguments, find_entry, model_class
+from . import one_d_piece, titok
+from .build import build
+from .read import WEIGHT_SUFFIXES, inside, read_config, read_state_dict
+
+CONFIG_NAMES = ("config.json", "config.yaml", "config.yml")
+# Where releases keep their weights, best first: hub folders, training outputs (the EMA is what was released).
+WEIGHT_NAMES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "ema_model/model.safetensors",
+    "ema_model/pytorch_model.bin",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+SYSTEMS = {
+    "titok": titok.from_official,
+    "one_d_piece": one_d_piece.from_official,
+    "maskgit_vqgan": titok.vqgan_from_official,
+}
+
+
+def from_official(system: str, config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> nn.Module:
+    """Build our module from an official config and official keys.
+
+    Args:
+        system: "titok" (TiTok, TA-TiTok, and their VQGAN and quantizer), "one_d_piece" or "maskgit_vqgan".
+        config: the authors' config as plain data, or a parity case's config.json that holds it.
+        state_dict: tensors by official key; they are copied as fp32.
+
+    Raises:
+        InvalidCheckpoint: a config that cannot be, or unknown or missing keys or wrong shapes (listed).
+    """
+    if system not in SYSTEMS:
+        raise InvalidCheckpoint(
+            f"unknown system {system!r}.{nearest_names(system, SYSTEMS)} Known: {', '.join(SYSTEMS)}"
+        )
+    if not state_dict:
+        raise InvalidCheckpoint("the state dict is empty")
+    return SYSTEMS[system](config, state_dict)
+
+
+def is_official_folder(path: str | Path) -> bool:
+    """True for a folder (or released file) that `load_official` is for: an official config, or a name that tells.
+
+    Raises InvalidCheckpoint when the folder's config is malformed or names code.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path.is_file() and _entry_of_file(path.name) is not None
+    config = _find_config(path)
+    if config is not None:
+        return isinstance(config.get("model"), Mapping)
+    return any(_entry_of_file(file.name) for file in path.iterdir() if file.suffix in WEIGHT_SUFFIXES)
+
+
+def load_official(path: str | Path, name: str | None = None) -> nn.Module:
+    """Load a checkpoint in a layout that the authors release or train to.
+
+    Args:
+        path: a folder with config.json or config.yaml and weights (`model.safetensors`, shards with an index,
+            `ema_model/pytorch_model.bin`, or one `.bin`), or a single weight file, whose name tells the model
+            ("tokenizer_titok_b64.bin", "titok_bl64_vae_c16.bin", "maskgit-vqgan-imagenet-f16-256.bin").
+        name: a name of `mediatok.models()`, for a file or folder that does not tell by itself.
+
+    Raises:
+        ModelNotFound: there is nothing to load, or no telling what it is.
+        InvalidCheckpoint: weights or a config that are hostile, or that do not fit each other.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ModelNotFound(f"{path} does not exist")
+    entry = find_entry(name) if name else None
+    if name and entry is None:
+        raise ModelNotFound(f"unknown model {name!r}.{nearest_names(name, ENTRIES)}")
+    config = _find_config(path) if path.is_dir() else None
+    weights = _find_weights(path, config) if path.is_dir() else path
+    entry = entry or _entry_of_file(weights.name)
+    if config is None and entry is None:
+        raise ModelNotFound(
+            f"{weights} does not say what it is: put its config.json or config.yaml beside it, or keep the released "
+            "file name (such as tokenizer_titok_b64.bin)"
+        )
+    state_dict = read_state_dict(weights)
+    try:
+        if config is not None:
+            model = from_official(_system_of(config, state_dict), config, state_dict)
+        else:
+            model = build(model_class(entry.class_name), constructor_arguments(entry), state_dict)
+    except InvalidCheckpoint as error:
+        raise InvalidCheckpoint(f"{weights}: {error}") from None
+    model.name = entry.name if entry else path.stem
+    return model
+
+
+def _system_of(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> str:
+    if any(key.endswith("lm_head.weight") for key in state_dict):
+        raise InvalidCheckpoint("these are the weights of a generator, not of a tokenizer")
+    model = config.get("model")
+    if isinstance(model, Mapping) and model.get("type") == "one_d_piece":
+        return "one_d_piece"
+    return "titok"
+
+
+def _find_config(folder: Path) -> dict[str, Any] | None:
+    found = [file for file in CONFIG_NAMES if (folder / file).exists() or (folder / file).is_symlink()]
+    if not found:
+        return None
+    if len(found) > 1:
+        raise InvalidCheckpoint(f"{folder} has {' and '.join(found)}; keep the one that belongs to the weights")
+    return read_config(inside(folder, found[0]))
+
+
+def _find_weights(folder: Path, config: Mapping[str, Any] | None) -> Path:
+    for known in WEIGHT_NAMES:
+        directory, _, file = known.rpartition("/")
+        parent = inside(folder, directory) if directory else folder
+        path = inside(parent, file)
+        if path.exists():
+            return path
+    experiment = config.get("experiment") if config else None
+    named = experiment.get("tokenizer_checkpoint") if isinstance(experiment, Mapping) else None
+    if isinstance(named, str) and Path(named).name == named and (folder / named).is_file():
+        return inside(folder, named)
+    files = sorted(file.name for file in folder.iterdir() if file.suffix in WEIGHT_SUFFIXES)
+    if not files:
+        raise ModelNotFound(f"{folder} holds no weights ({', '.join(WEIGHT_NAMES)} or one *.bin)")
+    if len(files) > 1:
+        raise InvalidCheckpoint(f"{folder} holds several weight files ({', '.join(files[:5])}); name one of them")
+    return inside(folder, files[0])
+
+
+def _entry_of_file(file_name: str) -> ModelEntry | None:
+    """The released model that a file name tells: tokenizer_titok_b64.bin, titok_bl64_vae_c16.bin, ..."""
+    stem = re.sub(r"\.(bin|pt|pth|safetensors)$", "", file_name.lower()).replace("_", "-")
+    stem = stem.removeprefix("tokenizer-").removesuffix("-imagenet").removesuffix("-imagenet-f16-256")
+    entry = find_entry(stem)
+    return None if entry is None or entry.is_shipped else entry
