@@ -15,6 +15,8 @@ Shape suffixes: N rows, K codes, D dimensions, P (row, code) pairs, R rows in a 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -55,8 +57,9 @@ def straight_through(z: Tensor, zq: Tensor) -> Tensor:
 def reference(z_ND: Tensor, codebook_KD: Tensor, cosine: bool = False) -> Tensor:
     """The definition of `nearest_code`, in plain PyTorch; keeps [N, K] distances."""
     _check(z_ND, codebook_KD)
-    z_ND, codebook_KD = _prepare(z_ND.detach(), codebook_KD.detach(), cosine)
-    return _squared_distance(z_ND[:, None], codebook_KD).argmin(dim=1)
+    z_ND, codebook_KD = (x.double() for x in _prepare(z_ND.detach(), codebook_KD.detach(), cosine))
+    squares = ((z_ND[:, d, None] - codebook_KD[:, d]).square() for d in range(z_ND.shape[1]))
+    return _sum_in_order(squares, (z_ND.shape[0], codebook_KD.shape[0]), z_ND.device).argmin(dim=1)
 
 
 def _check(z_ND: Tensor, codebook_KD: Tensor) -> None:
@@ -70,18 +73,16 @@ def _prepare(z_ND: Tensor, codebook_KD: Tensor, cosine: bool) -> tuple[Tensor, T
     return (F.normalize(z_ND, dim=1), F.normalize(codebook_KD, dim=1)) if cosine else (z_ND, codebook_KD)
 
 
-def _squared_distance(z: Tensor, codes: Tensor) -> Tensor:
-    """fp64 distances between broadcast [..., D] vectors, infinite where NaN. Three separate operations a dimension, so
-    that no compiler fuses the multiplication into the addition and rounds differently."""
-    total = z.new_zeros(torch.broadcast_shapes(z.shape, codes.shape)[:-1], dtype=torch.float64)
-    for d in range(z.shape[-1]):
-        difference = z[..., d].double() - codes[..., d].double()
-        difference *= difference
-        total += difference
+def _sum_in_order(squares: Iterable[Tensor], shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """fp64 sum of fp64 `squares`, infinite where NaN. The order, and operations that nothing can fuse into a
+    multiply-add, make a distance the same number wherever it is computed."""
+    total = torch.zeros(shape, dtype=torch.float64, device=device)
+    for square in squares:
+        total += square
     return total.masked_fill_(total.isnan(), torch.inf)
 
 
-def _tolerance(z_ND: Tensor, codebook_KD: Tensor, unit_roundoff: float) -> Tensor:
+def _tolerance(z_ND: Tensor, code_norm_K: Tensor, unit_roundoff: float) -> Tensor:
     """How far above a row's best fp32 score the true winner's may lie, fp64 [N]; infinite or NaN where fp32 overflows.
 
     A sum of D products in any order is off by at most (D + 1) * u * sum|z_d e_d| <= (D + 1) * u * |z| |e| (Higham 2002,
@@ -90,7 +91,7 @@ def _tolerance(z_ND: Tensor, codebook_KD: Tensor, unit_roundoff: float) -> Tenso
     """
     dims = z_ND.shape[1]
     norm_N = torch.linalg.vector_norm(z_ND, dim=1, dtype=torch.float64)
-    largest = torch.linalg.vector_norm(codebook_KD, dim=1, dtype=torch.float64).amax()
+    largest = code_norm_K.amax()
     magnitude_N = 2 * norm_N * largest + largest**2
     score_error_N = (dims + 8) * (unit_roundoff * magnitude_N + 2.0**-125)
     reference_error_N = (dims + 8) * 2.0**-52 * (norm_N + largest) ** 2
@@ -104,11 +105,11 @@ def _nearest_code(z_ND: Tensor, codebook_KD: Tensor) -> Tensor:
     z_ND, codebook_KD = z_ND.cpu(), codebook_KD.cpu()
     num_rows, num_codes = z_ND.shape[0], codebook_KD.shape[0]
     # One matrix product gives the whole score: [z, 1] . [-2 e, ||e||^2].
-    norm_K1 = codebook_KD.double().square().sum(dim=1, keepdim=True).float()
-    augmented_codes = torch.cat([-2 * codebook_KD, norm_K1], dim=1).T
+    code_norm_K = torch.linalg.vector_norm(codebook_KD, dim=1, dtype=torch.float64)
+    augmented_codes = torch.cat([-2 * codebook_KD, code_norm_K.square().float()[:, None]], dim=1).T
     augmented_rows = F.pad(z_ND, (0, 1), value=1.0)
     is_exact_matmul = torch.backends.mkldnn.matmul.fp32_precision not in ("bf16", "tf32")  # global user settings
-    tolerance_N = _tolerance(z_ND, codebook_KD, 2.0**-24 if is_exact_matmul else 2.0**-6)
+    tolerance_N = _tolerance(z_ND, code_norm_K, 2.0**-24 if is_exact_matmul else 2.0**-6)
 
     num_groups = -(-num_codes // CODES_PER_GROUP)
     block_rows = min(max(16, BLOCK_SCORES // (CODES_PER_GROUP * num_groups)), max(num_rows, 1))
@@ -141,8 +142,11 @@ def _candidates(scores_RCG: Tensor, tolerance_R: Tensor, num_codes: int) -> tupl
 
 def _resolve(z_RD: Tensor, codebook_KD: Tensor, row_P: Tensor, code_P: Tensor) -> Tensor:
     """Choose among candidates by the reference's arithmetic; ids [R]."""
-    chunks = zip(row_P.split(PAIRS_PER_CHUNK), code_P.split(PAIRS_PER_CHUNK), strict=True)
-    distance_P = torch.cat([_squared_distance(z_RD[row], codebook_KD[code]) for row, code in chunks])
+    distances = []
+    for row, code in zip(row_P.split(PAIRS_PER_CHUNK), code_P.split(PAIRS_PER_CHUNK), strict=True):
+        squares_PD = (z_RD[row].double() - codebook_KD[code].double()).square()
+        distances.append(_sum_in_order(squares_PD.unbind(dim=1), row.shape, row.device))
+    distance_P = torch.cat(distances)
     best_R = distance_P.new_full((z_RD.shape[0],), torch.inf).scatter_reduce(0, row_P, distance_P, "amin")
     is_best_P = distance_P == best_R[row_P]
     lowest_R = code_P.new_full((z_RD.shape[0],), codebook_KD.shape[0])
@@ -222,9 +226,10 @@ def nearest_triton(z_ND: Tensor, codebook_KD: Tensor) -> Tensor:
     if num_rows == 0:
         return ids_N
     is_close_N = torch.empty(num_rows, dtype=torch.int8, device=z_ND.device)
-    norm_K = codebook_KD.double().square().sum(dim=1).float()
-    tolerance_N = _tolerance(z_ND, codebook_KD, 2.0**-24).float()
+    code_norm_K = torch.linalg.vector_norm(codebook_KD, dim=1, dtype=torch.float64)
+    tolerance_N = _tolerance(z_ND, code_norm_K, 2.0**-24).float()
     tile = {"ROWS": 32, "CODES": 64, "DIMS": 16 if dims <= 16 else 32}
+    norm_K = code_norm_K.square().float()
     _score_kernel[(triton.cdiv(num_rows, tile["ROWS"]),)](
         z_ND, codebook_KD, norm_K, tolerance_N, ids_N, is_close_N, num_rows, num_codes, dims, **tile
     )
