@@ -6,7 +6,7 @@ import os
 import secrets
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import InvalidInput, LimitExceeded, MediatokError
@@ -21,21 +21,22 @@ def read_limited(path: str | Path, limit_bytes: int) -> bytes:
     """
     try:
         # Asked before opening: opening a pipe would wait for its writer.
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            kind = "a folder" if os.path.isdir(path) else "a pipe, socket or device"
-            raise InvalidInput(f"{_shown(path)} is {kind}; a file is needed")
-        with open(path, "rb") as file:
-            data = file.read(limit_bytes + 1)
+        mode = os.stat(path).st_mode
+        data = b""
+        if stat.S_ISREG(mode):
+            with open(path, "rb") as file:
+                data = file.read(limit_bytes + 1)
     except FileNotFoundError as error:
-        raise InvalidInput(f"{_shown(path)} does not exist; check the path") from error
+        raise InvalidInput(f"{shown(path)} does not exist; check the path") from error
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
-        if isinstance(error, MediatokError):
-            raise
-        raise InvalidInput(f"{_shown(path)} cannot be read: {_reason(error)}") from error
+        raise InvalidInput(f"{shown(path)} cannot be read: {_reason(error)}") from error
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
+        raise InvalidInput(f"{shown(path)} is {kind}; a file is needed")
     if not data:
-        raise InvalidInput(f"{_shown(path)} is empty (0 bytes)")
+        raise InvalidInput(f"{shown(path)} is empty (0 bytes)")
     if len(data) > limit_bytes:
-        raise LimitExceeded(f"{_shown(path)} has more than {limit_bytes:,} bytes, the limit for this kind of file")
+        raise LimitExceeded(f"{shown(path)} has more than {limit_bytes:,} bytes, the limit for this kind of file")
     return data
 
 
@@ -50,33 +51,37 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     Raises:
         MediatokError: the folder is missing or not writable, the disk is full, or `path` is not a regular file.
     """
-    try:
-        target = Path(os.path.realpath(path))
-        # Renaming over a device such as /dev/null would remove the device.
-        if target.exists() and not target.is_file():
-            raise InvalidInput(f"{_shown(path)} exists and is not a regular file; choose another output name")
-        if not target.parent.is_dir():
-            raise InvalidInput(f"the folder of {_shown(path)} does not exist; create it first")
-    except (OSError, ValueError) as error:
-        if isinstance(error, MediatokError):
-            raise
-        raise InvalidInput(f"{_shown(path)} cannot be written: {_reason(error)}") from error
+    target = _writable(path)
     temporary = target.with_name(f".{secrets.token_hex(8)}{target.suffix}")
     try:
         yield temporary
         os.replace(temporary, target)
     except OSError as error:
-        if isinstance(error, MediatokError):
-            raise
-        raise MediatokError(f"{_shown(path)} could not be written: {_reason(error)}") from error
+        raise MediatokError(f"{shown(path)} could not be written: {_reason(error)}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
-def _shown(path: str | Path) -> str:
-    """A path on one line, whatever characters it has."""
+def shown(path: str | Path) -> str:
+    """A path for a message: on one line, whatever characters it has."""
     text = str(path)
     return text if text.isprintable() else repr(text)
+
+
+def _writable(path: str | Path) -> Path:
+    """The file that `path` stands for once links are followed, if it can be created or replaced."""
+    try:
+        target = Path(os.path.realpath(path))
+        is_taken = target.exists() and not target.is_file()
+        has_folder = target.parent.is_dir()
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"{shown(path)} cannot be written: {_reason(error)}") from error
+    if is_taken:  # renaming over a device such as /dev/null would remove the device
+        raise InvalidInput(f"{shown(path)} exists and is not a regular file; choose another name")
+    if not has_folder:
+        raise InvalidInput(f"the folder of {shown(path)} does not exist; create it first")
+    return target
 
 
 def _reason(error: Exception) -> str:

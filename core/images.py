@@ -19,14 +19,16 @@ from PIL import Image
 from torch import Tensor
 
 from .errors import InvalidInput, LimitExceeded, MediatokError
-from .files import atomic_write, read_limited
+from .files import atomic_write, read_limited, shown
 from .tokens import MAX_SIDE
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 MAX_IMAGE_BYTES = 64 * 2**20
-MAX_IMAGE_PIXELS = 64 * 2**20
+MAX_IMAGE_PIXELS = 60 * 2**20
+MAX_DECODE_BYTES = 8 * MAX_IMAGE_PIXELS  # 480 MiB: the memory that decoding one picture may take
 MAX_ASPECT_RATIO = 100
+STRIP_PIXELS = 2**20  # converted at a time, so that a large picture is never there three times
 
 # EXIF orientation -> how to turn the picture upright.
 ORIENTATIONS = {
@@ -64,14 +66,15 @@ def read_image(source: str | Path | bytes | Image.Image | np.ndarray | Tensor) -
 
     Raises:
         InvalidInput: missing, empty, damaged or truncated files, other formats, wrong shapes or values.
-        LimitExceeded: more than `MAX_IMAGE_BYTES` or `MAX_IMAGE_PIXELS`; refused before the pixels are decoded.
+        LimitExceeded: more than `MAX_IMAGE_BYTES`, `MAX_IMAGE_PIXELS` or `MAX_DECODE_BYTES`; refused before the pixels
+            are decoded.
     """
     if isinstance(source, (str, Path)):
-        return _decode(read_limited(source, MAX_IMAGE_BYTES), str(source))
+        return _load(_open(read_limited(source, MAX_IMAGE_BYTES), shown(source)), shown(source))
     if isinstance(source, (bytes, bytearray, memoryview)):
         if len(source) > MAX_IMAGE_BYTES:
             raise LimitExceeded(f"the picture has {len(source):,} bytes; the limit is {MAX_IMAGE_BYTES:,}")
-        return _decode(bytes(source), "the picture")
+        return _load(_open(bytes(source), "the picture"), "the picture")
     if isinstance(source, Image.Image):
         return _load(source, "the picture")
     if isinstance(source, Tensor):
@@ -126,12 +129,14 @@ def write_image(image: Image.Image, path: str | Path) -> None:
     """Write a picture, whole or not at all, in the format of its suffix: PNG, lossless WebP, BMP, JPEG quality 95."""
     options = WRITERS.get(Path(path).suffix.lower())
     if options is None:
-        raise InvalidInput(f"{path}: pictures are written as {', '.join(WRITERS)}; choose one of these suffixes")
+        raise InvalidInput(f"{shown(path)}: pictures are written as {', '.join(WRITERS)}; choose one of these suffixes")
     with atomic_write(path) as temporary:
         try:
             image.save(temporary, **options)
         except ValueError as error:  # a side beyond what the format holds
-            raise InvalidInput(f"{path}: {image.width}x{image.height} pixels cannot be written: {error}") from error
+            raise InvalidInput(
+                f"{shown(path)}: {image.width}x{image.height} pixels cannot be written: {error}"
+            ) from error
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
@@ -151,14 +156,12 @@ def list_images(sources: str | Path | Iterable[str | Path]) -> list[Path]:
     found: set[Path] = set()
     for path in map(Path, named):
         if path.is_dir():
-            inside = {file for file in path.rglob("*") if _is_listed(file.relative_to(path)) and file.is_file()}
-            if not inside:
-                raise InvalidInput(f"{path} holds no pictures ({', '.join(IMAGE_SUFFIXES)})")
-            found |= inside
-        elif len(named) == 1 and not path.exists():
-            raise InvalidInput(f"{path} does not exist; check the path")
+            found |= {file for file in path.rglob("*") if _is_listed(file.relative_to(path)) and file.is_file()}
         else:
             found.add(path)
+    if not found:
+        where = ", ".join(map(shown, named)) or "the empty list"
+        raise InvalidInput(f"{where} holds no pictures ({', '.join(IMAGE_SUFFIXES)})")
     return sorted(found)
 
 
@@ -166,14 +169,15 @@ def _is_listed(relative: Path) -> bool:
     return relative.suffix.lower() in IMAGE_SUFFIXES and not any(part.startswith(".") for part in relative.parts)
 
 
-def _decode(data: bytes, where: str) -> Image.Image:
+def _open(data: bytes, where: str) -> Image.Image:
+    """Read the header of a picture of an allowed format."""
     if not data:
         raise InvalidInput(f"{where} is empty (0 bytes)")
     try:
         # Pillow's own pixel limit warns; ours, checked by `_load`, is lower and refuses.
         with _warnings_lock, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            return Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         pixels = re.search(r"\d+", str(error))
         raise _too_large(f"{int(pixels[0]):,} pixels" if pixels else "too many pixels", where) from error
@@ -181,21 +185,38 @@ def _decode(data: bytes, where: str) -> Image.Image:
         raise InvalidInput(f"{where} is not a sound {', '.join(FORMATS[:-1])} or {FORMATS[-1]} picture") from error
     except Exception as error:  # decoders raise many kinds for broken headers
         raise InvalidInput(f"{where} cannot be opened: {error}") from error
-    return _load(image, where)
 
 
 def _load(image: Image.Image, where: str) -> Image.Image:
     """Decode the pixels of an opened image and make them upright RGB."""
     _check_size(image.width, image.height, where)
+    needed = image.width * image.height * _decode_bytes_per_pixel(image)
+    if needed > MAX_DECODE_BYTES:
+        raise LimitExceeded(
+            f"{where} has {image.width}x{image.height} pixels, which take {needed / 2**20:,.0f} MiB to decode as "
+            f"{image.format}; the limit is {MAX_DECODE_BYTES / 2**20:,.0f} MiB: make it smaller first"
+        )
     try:
         image.load()
-        orientation = _orientation(image)
+        turn = ORIENTATIONS.get(_orientation(image))
         image = _to_rgb(image)
-        return image.transpose(ORIENTATIONS[orientation]) if orientation in ORIENTATIONS else image
+        if turn is not None:
+            image = image.transpose(turn)
+            image.info = {}  # without the EXIF data that would turn it again
+        return image
     except MediatokError:
         raise
     except Exception as error:  # decoders raise many kinds for broken data
         raise InvalidInput(f"{where} is damaged or truncated: {error}") from error
+
+
+def _decode_bytes_per_pixel(image: Image.Image) -> int:
+    """Peak memory of `_load`: Pillow takes 4 bytes for a pixel of any colour picture, and we make one copy at most."""
+    if image.format == "WEBP":  # its decoder keeps two canvases beside the frame (measured)
+        return 17
+    if image.format in ("JPEG", "MPO"):  # a progressive file is kept whole, as 16-bit coefficients
+        return max(4 + 2 * image.layers, 8)
+    return 8
 
 
 def _orientation(image: Image.Image) -> int:
@@ -206,21 +227,28 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I"):  # 16-bit grey; "I" has 32 bits, of which such files use 16
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise InvalidInput(f"grey values {values.min()} to {values.max()} are beyond 16 bits")
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise InvalidInput("a PIL image of mode F has no known range; pass an array of floats in [0, 1]")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        canvas = Image.new("RGB", image.size, "white")
-        canvas.paste(image, mask=image)
-        return canvas
-    return image.convert("RGB")
+    is_grey16 = image.mode.startswith("I")  # "I;16" and its byte orders; "I" where other programs keep 16 bits in 32
+    if not is_grey16 and not image.has_transparency_data:
+        return image.convert("RGB") if image.mode != "RGB" else image
+    canvas = Image.new("RGB", image.size, "white")
+    rows = max(STRIP_PIXELS // image.width, 1)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        if is_grey16:
+            canvas.paste(_grey16_to_8(strip), (0, top))
+        else:
+            strip = strip.convert("RGBA")
+            canvas.paste(strip, (0, top), mask=strip)
+    return canvas
+
+
+def _grey16_to_8(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.int32)
+    if values.min() < 0 or values.max() > 65535:
+        raise InvalidInput(f"grey values of {values.min()} to {values.max()} are beyond 16 bits")
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
 
 
 def _from_array(pixels: np.ndarray) -> Image.Image:

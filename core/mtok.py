@@ -6,40 +6,40 @@ there before anything of its size is made, and only what the writer would have w
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator
+from dataclasses import astuple, fields
 
 import numpy as np
 import torch
 
 from .errors import InvalidTokens
-from .tokens import MAX_LENGTH, MAX_NAME_BYTES, ImageFrame, Tokens
+from .tokens import FRAMES, MAX_LENGTH, MAX_NAME_BYTES, MAX_VOCAB_SIZE, ImageFrame, Tokens
 
 MAGIC = b"MTOK"
 VERSION = 1
+MODALITIES = {"image": 1}  # number of each modality in the file
 MAX_ITEMS = 2**16
-MAX_IDS = 2**22  # of ids [B, L, Q] with their padding, so that a small file cannot ask for much memory
-MAX_FILE_BYTES = 32 * 2**20  # more than the limits above can fill
+MAX_IDS = 2**21  # of ids [B, L, Q] with their padding, so that a small file cannot ask for much memory
+MAX_FILE_BYTES = 16 * 2**20  # more than the limits above can fill
 CRC_BYTES = 4
 CHUNK = 2**16  # ids packed at a time; a multiple of 8, so that chunks end on whole bytes
 
-# Number in the file of each modality, and how its frames are written and read.
-MODALITIES = {1: "image"}
-
 
 def write_mtok(tokens: Tokens) -> bytes:
-    """The bytes of a `.mtok` file; InvalidTokens if the tokens are more than one file may hold."""
-    _check_limits(tokens.ids.shape, advice="; save parts of them: tokens[:n].save(...)")
+    """The bytes of a `.mtok` file; InvalidTokens if there are more items or ids than a file may hold."""
+    _check_num_items(len(tokens))
+    _check_num_ids(tuple(tokens.ids.shape))
     is_token_BL = torch.arange(tokens.ids.shape[1]) < tokens.lengths[:, None]
-    content = _header(tokens) + _pack(tokens.ids[is_token_BL].numpy().reshape(-1), tokens.bits_per_token)
+    content = _header(tokens) + _pack(tokens.ids[is_token_BL].view(-1).numpy(), tokens.bits_per_token)
     return content + zlib.crc32(content).to_bytes(CRC_BYTES, "little")
 
 
 def size_bytes(tokens: Tokens) -> int:
     """Length of `write_mtok(tokens)`, without packing."""
-    codebooks = tokens.ids.shape[2] if tokens.ids.ndim == 3 else 1
-    bits = int(tokens.lengths.sum()) * codebooks * tokens.bits_per_token
-    return len(_header(tokens)) + (bits + 7) // 8 + CRC_BYTES
+    num_ids = int(tokens.lengths.sum()) * math.prod(tokens.ids.shape[2:])
+    return len(_header(tokens)) + _packed_bytes(num_ids, tokens.bits_per_token) + CRC_BYTES
 
 
 def read_mtok(data: bytes) -> Tokens:
@@ -48,98 +48,74 @@ def read_mtok(data: bytes) -> Tokens:
     Raises:
         InvalidTokens: not a `.mtok` file, another version, damaged, or not exactly what `write_mtok` gives.
     """
-    if data[: len(MAGIC)] != MAGIC:
+    if data[:4] != MAGIC:
         raise InvalidTokens("this is not a .mtok file: it does not start with 'MTOK'")
     if len(data) < len(MAGIC) + 1 + CRC_BYTES:
-        raise InvalidTokens(f"the .mtok file is truncated: {len(data)} bytes are left")
-    if data[len(MAGIC)] != VERSION:
-        raise InvalidTokens(f"the .mtok file has version {data[len(MAGIC)]}; this mediatok reads version {VERSION}")
+        raise InvalidTokens(f"the .mtok file is truncated after {len(data)} bytes")
+    if data[4] != VERSION:
+        raise InvalidTokens(f"the .mtok file has version {data[4]}; this mediatok reads version {VERSION}")
     content, crc = data[:-CRC_BYTES], int.from_bytes(data[-CRC_BYTES:], "little")
     if zlib.crc32(content) != crc:
         raise InvalidTokens("the .mtok file is damaged or truncated: its checksum does not fit")
-    return _parse(_Reader(content, position=len(MAGIC) + 1))
+    return _parse(_Reader(content, position=5))
 
 
 def _header(tokens: Tokens) -> bytes:
     """Everything before the ids."""
     name = tokens.tokenizer.encode()
-    header = bytearray(MAGIC)
-    header.append(VERSION)
-    header.append(next(number for number, modality in MODALITIES.items() if modality == tokens.modality))
-    header.append(tokens.ids.shape[2] if tokens.ids.ndim == 3 else 0)
-    header += _varint(tokens.vocab_size - 1)
-    header += bytes.fromhex(tokens.fingerprint)
-    header += bytes([len(name)]) + name
-    header += _varint(len(tokens) if tokens.is_batch else 0)
+    num_codebooks = tokens.ids.shape[2] if tokens.ids.ndim == 3 else 0
+    header = [
+        MAGIC,
+        bytes([VERSION, MODALITIES[tokens.modality], num_codebooks]),
+        _varint(tokens.vocab_size - 1),
+        bytes.fromhex(tokens.fingerprint),
+        bytes([len(name)]),
+        name,
+        _varint(len(tokens) if tokens.is_batch else 0),
+    ]
     for length, frame in zip(tokens.lengths.tolist(), tokens.frames, strict=True):
-        header += _varint(length) + _frame_bytes(frame)
-    return bytes(header)
+        header += map(_varint, (length, *astuple(frame)))
+    return b"".join(header)
 
 
 def _parse(reader: _Reader) -> Tokens:
-    """The inverse of `_header` and `_pack`, from the byte after the version to the end."""
-    modality = MODALITIES.get(number := reader.byte())
+    """What follows the version: the rest of the header, then the ids to the last byte."""
+    modality_number, num_codebooks = reader.byte(), reader.byte()
+    modality = next((name for name, number in MODALITIES.items() if number == modality_number), None)
     if modality is None:
-        raise InvalidTokens(f"the .mtok file holds modality {number}, which this mediatok does not know")
-    codebooks = reader.byte()
+        raise InvalidTokens(f"the .mtok file holds modality {modality_number}, unknown to this mediatok")
     vocab_size = reader.varint() + 1
+    if not 2 <= vocab_size <= MAX_VOCAB_SIZE:
+        raise InvalidTokens(f"the .mtok file announces a vocabulary of {vocab_size} codes")
     fingerprint = reader.bytes(8).hex()
-    name = reader.text(limit=MAX_NAME_BYTES)
-    count = reader.varint()
-    num_items = count or 1
-    if num_items > reader.bytes_left:  # an item takes several bytes
-        raise InvalidTokens(f"the .mtok file announces {num_items} items in {reader.bytes_left} bytes")
+    name = reader.text(MAX_NAME_BYTES)
+
+    count = reader.varint()  # 0: one item that was given alone, not in a list
+    num_items = max(count, 1)
+    _check_num_items(num_items)
     lengths, frames = [], []
     for _ in range(num_items):
-        lengths.append(reader.varint())
-        frames.append(_read_frame(reader, modality))
-    if not 1 <= min(lengths) <= max(lengths) <= MAX_LENGTH:
-        raise InvalidTokens(f"the .mtok file announces items of {min(lengths)} to {max(lengths)} tokens")
-    if vocab_size < 2:
-        raise InvalidTokens("the .mtok file announces a vocabulary of one code")
-    bits = (vocab_size - 1).bit_length()
-    num_ids = sum(lengths) * max(codebooks, 1)
-    if (num_ids * bits + 7) // 8 != reader.bytes_left:
+        lengths.append(reader.length())
+        frames.append(reader.frame(FRAMES[modality]))
+
+    shape_BLQ = (num_items, max(lengths), *([num_codebooks] if num_codebooks else []))
+    num_ids, bits = sum(lengths) * max(num_codebooks, 1), (vocab_size - 1).bit_length()
+    if _packed_bytes(num_ids, bits) != reader.bytes_left:
         raise InvalidTokens(f"the .mtok file announces {num_ids} ids of {bits} bits in {reader.bytes_left} bytes")
-    shape = (num_items, max(lengths), codebooks) if codebooks else (num_items, max(lengths))
-    _check_limits(shape)
-    ids = torch.zeros(shape, dtype=torch.int64)
+    _check_num_ids(shape_BLQ)
     lengths_B = torch.tensor(lengths)
-    packed = torch.from_numpy(_unpack(reader.bytes(reader.bytes_left), num_ids, bits))
-    ids[torch.arange(shape[1]) < lengths_B[:, None]] = packed.view(-1, *shape[2:])
+    ids = torch.zeros(shape_BLQ, dtype=torch.int64)
+    is_token_BL = torch.arange(shape_BLQ[1]) < lengths_B[:, None]
+    packed_ids = torch.from_numpy(_unpack(reader.bytes(reader.bytes_left), num_ids, bits))
+    ids[is_token_BL] = packed_ids.view(-1, *shape_BLQ[2:])
     return Tokens(
         ids=ids, lengths=lengths_B, tokenizer=name, fingerprint=fingerprint, vocab_size=vocab_size,
         modality=modality, frames=tuple(frames), is_batch=count > 0,
     )  # fmt: skip
 
 
-def _check_limits(shape: tuple[int, ...], advice: str = "") -> None:
-    if shape[0] > MAX_ITEMS:
-        raise InvalidTokens(f"{shape[0]} items are more than the {MAX_ITEMS} of a .mtok file{advice}")
-    if int(np.prod(shape, dtype=object)) > MAX_IDS:
-        raise InvalidTokens(f"ids {list(shape)} are more than the {MAX_IDS} of a .mtok file{advice}")
-
-
-def _frame_bytes(frame: ImageFrame) -> bytes:
-    return b"".join(map(_varint, (frame.width, frame.height, frame.rows, frame.cols)))
-
-
-def _read_frame(reader: _Reader, modality: str) -> ImageFrame:
-    return ImageFrame(reader.varint(), reader.varint(), reader.varint(), reader.varint())
-
-
-def _varint(value: int) -> bytes:
-    """Unsigned LEB128: seven bits a byte, the lowest first, the top bit set on all but the last byte."""
-    encoded = bytearray()
-    while value > 0x7F:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
-
-
 class _Reader:
-    """Takes values off the front of the file; InvalidTokens where it ends too early."""
+    """Takes values off the front of the content; InvalidTokens where it ends too early or a value is malformed."""
 
     def __init__(self, content: bytes, position: int):
         self.content, self.position = content, position
@@ -150,22 +126,23 @@ class _Reader:
 
     def bytes(self, count: int) -> bytes:
         if count > self.bytes_left:
-            raise InvalidTokens(f"the .mtok file is truncated: {count} bytes are needed, {self.bytes_left} are left")
+            raise InvalidTokens(f"the .mtok file ends too early: {count} bytes needed, {self.bytes_left} left")
         self.position += count
         return self.content[self.position - count : self.position]
 
     def byte(self) -> int:
-        return self.bytes(1)[0]
+        if self.position == len(self.content):
+            raise InvalidTokens("the .mtok file ends too early")
+        self.position += 1
+        return self.content[self.position - 1]
 
     def varint(self) -> int:
-        """At most five bytes; one spelling a number: a last byte of zero would be a longer spelling."""
+        """Inverse of `_varint`, up to five bytes. A last byte of 0 would be a second spelling of the same number."""
         value = 0
         for index in range(5):
             byte = self.byte()
             value |= (byte & 0x7F) << (7 * index)
-            if byte < 0x80:
-                if byte == 0 and index > 0:
-                    break
+            if byte < 0x80 and (byte > 0 or index == 0):
                 return value
         raise InvalidTokens("the .mtok file holds a malformed number")
 
@@ -177,31 +154,67 @@ class _Reader:
         except UnicodeDecodeError as error:
             raise InvalidTokens("the .mtok file holds a name that is not UTF-8") from error
 
+    def length(self) -> int:
+        if not 1 <= (length := self.varint()) <= MAX_LENGTH:
+            raise InvalidTokens(f"the .mtok file announces an item of {length} tokens")
+        return length
+
+    def frame(self, frame_class: type) -> ImageFrame:
+        return frame_class(*(self.varint() for _ in fields(frame_class)))
+
+
+def _varint(value: int) -> bytes:
+    """Unsigned LEB128: seven bits a byte, the lowest first; the top bit is set on all bytes but the last."""
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
+
+
+def _check_num_items(num_items: int) -> None:
+    if num_items > MAX_ITEMS:
+        raise InvalidTokens(f"a .mtok file holds at most {MAX_ITEMS:,} items, not {num_items:,}; split it: tokens[:n]")
+
+
+def _check_num_ids(shape: tuple[int, ...]) -> None:
+    if math.prod(shape) > MAX_IDS:
+        raise InvalidTokens(f"a .mtok file holds at most {MAX_IDS:,} ids, not {list(shape)}; split it: tokens[:n]")
+
+
+# Packing: ids of a few bits each, one after the other without gaps, the highest bit first.
+
+
+def _packed_bytes(num_ids: int, bits: int) -> int:
+    return (num_ids * bits + 7) // 8
+
 
 def _pack(ids: np.ndarray, bits: int) -> bytes:
-    """Ids int64 [N] in [0, 2**bits) as N*bits bits, the highest bit first; the last byte is filled up with zeros."""
+    """Ids int64 [N] in [0, 2**bits), bits 1 to 32, as N*bits bits; the last byte is filled up with zeros."""
     return b"".join(_pack_chunk(chunk, bits) for chunk in _chunks(ids))
 
 
 def _pack_chunk(ids: np.ndarray, bits: int) -> bytes:
-    as_bits = np.unpackbits(ids.astype(">u4").view(np.uint8).reshape(-1, 4), axis=1)
-    return np.packbits(as_bits[:, 32 - bits :]).tobytes()
+    bits_N32 = np.unpackbits(ids.astype(">u4").view(np.uint8).reshape(-1, 4), axis=1)
+    return np.packbits(bits_N32[:, 32 - bits :]).tobytes()
 
 
-def _unpack(packed: bytes, count: int, bits: int) -> np.ndarray:
-    """Inverse of `_pack`: ids int64 [count]."""
-    ids = np.empty(count, dtype=np.int64)
-    source = np.frombuffer(packed, dtype=np.uint8)
-    for start, chunk in enumerate(_chunks(ids)):
-        first = start * CHUNK * bits // 8
-        unpacked = np.unpackbits(source[first : first + (len(chunk) * bits + 7) // 8])
-        if unpacked[len(chunk) * bits :].any():
-            raise InvalidTokens("the .mtok file has set bits after its last id")
-        padded = np.zeros((len(chunk), 32), dtype=np.uint8)
-        padded[:, 32 - bits :] = unpacked[: len(chunk) * bits].reshape(-1, bits)
-        chunk[:] = np.packbits(padded, axis=1).view(">u4")[:, 0]
+def _unpack(packed: bytes, num_ids: int, bits: int) -> np.ndarray:
+    """Inverse of `_pack`: ids int64 [num_ids]. InvalidTokens if the bits that fill up the last byte are not zero."""
+    ids = np.empty(num_ids, dtype=np.int64)
+    for index, chunk in enumerate(_chunks(ids)):
+        start = index * _packed_bytes(CHUNK, bits)
+        source = np.frombuffer(packed[start : start + _packed_bytes(len(chunk), bits)], dtype=np.uint8)
+        flat = np.unpackbits(source)
+        if flat[len(chunk) * bits :].any():
+            raise InvalidTokens("the .mtok file has bits set after its last id")
+        bits_N32 = np.zeros((len(chunk), 32), dtype=np.uint8)
+        bits_N32[:, 32 - bits :] = flat[: len(chunk) * bits].reshape(-1, bits)
+        chunk[:] = np.packbits(bits_N32, axis=1).view(">u4")[:, 0]
     return ids
 
 
 def _chunks(ids: np.ndarray) -> Iterator[np.ndarray]:
+    """Views of consecutive parts of `ids`."""
     return (ids[start : start + CHUNK] for start in range(0, len(ids), CHUNK))

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from .errors import InvalidInput, InvalidTokens, TokenizerMismatch
-from .files import atomic_write, read_limited
+from .files import atomic_write, read_limited, shown
 
 MAX_SIDE = 2**16 - 1  # pixels; JPEG and GIF have the same limit
-MAX_TILES = 2**12  # a side
+MAX_TILES = 2**14 - 1  # in a row or column
 MAX_LENGTH = 2**28 - 1  # tokens of an item
 MAX_VOCAB_SIZE = 2**32
 MAX_CODEBOOKS = 255
@@ -98,7 +98,7 @@ class Tokens:
         if not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
             raise InvalidTokens(f"ids must lie in [0, {self.vocab_size}), got {_span(ids)}")
         is_padding_BL = torch.arange(ids.shape[1]) >= lengths_B[:, None]
-        if bool(ids[is_padding_BL].any()):
+        if bool((ids.ne(0) & is_padding_BL.view(*ids.shape[:2], *[1] * (ids.ndim - 2))).any()):
             raise InvalidTokens("ids past the length of their item must be 0")
         frames = tuple(self.frames)
         _check_frames(frames, FRAMES[self.modality], lengths_B)
@@ -120,24 +120,19 @@ class Tokens:
 
     def __getitem__(self, key) -> Tokens:
         """`tokens[i]`: one item. `tokens[a:b]`: some items. `tokens[:, :k]`: the first k tokens of every item."""
-        if isinstance(key, tuple):
-            if len(key) != 2 or not isinstance(key[1], slice):
-                raise InvalidInput("tokens take tokens[i], tokens[a:b] or tokens[:, :k]")
+        if isinstance(key, tuple) and len(key) == 2 and isinstance(key[1], slice):
             return self[key[0]]._prefix(key[1])
         if isinstance(key, slice):
-            items, is_batch = key, True
-            if not range(len(self))[items]:
+            chosen = list(range(len(self))[key])
+            if not chosen:
                 raise InvalidInput(f"tokens[{key.start}:{key.stop}] selects none of {len(self)} items")
+        elif hasattr(key, "__index__"):
+            chosen = [range(len(self))[key]]  # IndexError beyond the last item, as sequences do
         else:
-            index = operator.index(key)
-            if not -len(self) <= index < len(self):
-                raise IndexError(f"item {index} of {len(self)} items")
-            items, is_batch = slice(index % len(self), index % len(self) + 1), False
-        # Through numpy's rules of slices: torch has no negative steps.
-        chosen = torch.arange(len(self)).numpy()[items].copy()
-        return replace(
-            self, ids=self.ids[chosen], lengths=self.lengths[chosen], frames=self.frames[items], is_batch=is_batch
-        )
+            raise InvalidInput(f"tokens take tokens[i], tokens[a:b] or tokens[:, :k], not {key!r}")
+        frames = tuple(self.frames[index] for index in chosen)
+        is_batch = isinstance(key, slice) and self.is_batch
+        return replace(self, ids=self.ids[chosen], lengths=self.lengths[chosen], frames=frames, is_batch=is_batch)
 
     def _prefix(self, key: slice) -> Tokens:
         if key.start not in (None, 0) or key.step not in (None, 1):
@@ -219,7 +214,7 @@ class Tokens:
         try:
             return Tokens.from_bytes(read_limited(path, MAX_FILE_BYTES))
         except InvalidTokens as error:
-            raise InvalidTokens(f"{path}: {error}") from error
+            raise InvalidTokens(f"{shown(path)}: {error}") from error
 
     def __eq__(self, other) -> bool:
         if not isinstance(other, Tokens):
@@ -236,7 +231,7 @@ class Tokens:
     __hash__ = None
 
     def __repr__(self) -> str:
-        items = f"1 {self.modality}" if len(self) == 1 else f"{len(self)} {self.modality}s"
+        items = f"{len(self)} x {self.modality}" if self.is_batch else self.modality
         codebooks = f" x {self.ids.shape[2]}" if self.ids.ndim == 3 else ""
         return (
             f"Tokens({items}, {_span(self.lengths)}{codebooks} tokens of {self.bits_per_token} bits, "
