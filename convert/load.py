@@ -115,12 +115,13 @@ def _system_of(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> s
 
 
 def _find_config(folder: Path) -> dict[str, Any] | None:
-    found = [file for file in CONFIG_NAMES if (folder / file).exists() or (folder / file).is_symlink()]
-    if not found:
-        return None
-    if len(found) > 1:
-        raise InvalidCheckpoint(f"{folder} has {' and '.join(found)}; keep the one that belongs to the weights")
-    return read_config(inside(folder, found[0]))
+    """The folder's config; of several, the one that describes a tokenizer."""
+    files = [file for file in CONFIG_NAMES if (folder / file).exists() or (folder / file).is_symlink()]
+    configs = {file: read_config(inside(folder, file)) for file in files}
+    official = {file: config for file, config in configs.items() if isinstance(config.get("model"), Mapping)}
+    if len(official) > 1:
+        raise InvalidCheckpoint(f"{folder} has {' and '.join(official)}; keep the one that belongs to the weights")
+    return next(iter((official or configs).values()), None)
 
 
 def _find_weights(folder: Path, config: Mapping[str, Any] | None) -> Path:

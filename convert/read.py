@@ -78,7 +78,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
-    if zipfile.is_zipfile(path):  # torch.save stores its entries as they are: a compressed one is a bomb
+    is_zip = zipfile.is_zipfile(path)  # all since torch 1.6
+    if is_zip:  # torch.save stores its entries as they are: a compressed one is a bomb
         with zipfile.ZipFile(path) as archive:
             packed = next((info for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED), None)
         if packed:
@@ -86,7 +87,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # whatever a hostile pickle makes torch raise; nothing of it has run
         # Torch's own message is left out: it advises loading the file unsafely.
         code = re.search(r"GLOBAL ([\w.]+)", str(error))

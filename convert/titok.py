@@ -121,7 +121,7 @@ def vqgan_sizes(config: Config, where: str) -> dict[str, Any]:
 
 
 def vqgan_from_official(config: Config, state_dict: StateDict) -> MaskGitVQGAN:
-    """Build a `MaskGitVQGAN`: `config` is a VQGAN case, a TiTok case with `pixel_vqgan` sizes, or has the released sizes."""
+    """Build a `MaskGitVQGAN` of the released sizes, unless `config` is a parity case that states others."""
     sizes = config.get("config") or unwrap(config)[1].get("pixel_vqgan") or {}
     case, fields = Fields(config, "config"), Fields(sizes, "the VQGAN's config")
     arguments = vqgan_sizes(sizes, fields.where) | {

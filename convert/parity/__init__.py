@@ -44,7 +44,14 @@ def replay_case(folder: str | Path, echo: Callable[[str], None] = print) -> bool
         raise InvalidInput(f"{case.folder}: unknown kind '{case.kind}'.{nearest_names(case.kind, known)}")
     module, function = KINDS[case.system, case.kind]
     replay = Replay(case, echo)
-    getattr(import_module(f".{module}", __package__), function)(replay)
+    try:
+        getattr(import_module(f".{module}", __package__), function)(replay)
+    except (RuntimeError, KeyError, IndexError, TypeError, ValueError) as error:
+        if isinstance(error, MediatokError):
+            raise
+        # Recorded tensors or sizes that do not fit each other reach torch only here.
+        reason = " ".join(str(error).split())[:200]
+        raise InvalidInput(f"{case.folder} cannot be replayed: {type(error).__name__}: {reason}") from error
     return replay.finish()
 
 

@@ -114,7 +114,8 @@ def random_weights(shapes, seed):
         if ("norm" in name or ".ln_" in name) and name.endswith("weight"):
             weights[name] = 1 + 0.1 * noise
         elif len(shape) > 1 and "embedding" not in name:
-            weights[name] = noise / max(1, noise[0].numel()) ** 0.5
+            # Logits of some size, so that the pixel decoder's first norm does not blow up what rounding leaves.
+            weights[name] = noise / max(1, noise[0].numel()) ** 0.5 * (4 if "ffn.2" in name else 1)
         else:
             weights[name] = 0.5 * noise
     return weights

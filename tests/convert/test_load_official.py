@@ -215,6 +215,8 @@ def test_two_configs_are_ambiguous(tmp_path):
     write_release(folder, config, weights, config_name="config.yaml")
     with pytest.raises(InvalidCheckpoint, match="keep the one"):
         load_official(folder)
+    (folder / "config.json").write_text('{"transformers_version": "5.0"}')
+    assert load_official(folder).max_tokens == 6
 
 
 def test_mutated_releases_never_crash(tmp_path):

@@ -130,6 +130,9 @@ def test_bad_cases_are_named(tmp_path):
         "system": copy_case(good, tmp_path / "b", lambda io, config: config.update(system="titak")),
         "names code": copy_case(good, tmp_path / "c", lambda io, config: config.update(_target_="os.system")),
         "lacks the input": copy_case(CASES / "titok/two_stage_vq", tmp_path / "d", lambda io, config: io.pop("image")),
+        "cannot be replayed": copy_case(
+            good, tmp_path / "e", lambda io, c: io.update({"step0.upstream": torch.ones(7)})
+        ),
         "no parity case": tmp_path / "empty",
         "not a folder": tmp_path / "missing",
     }
@@ -158,13 +161,16 @@ def test_a_folder_of_cases(tmp_path):
     assert lines[-1] == "2 of 2 cases pass"
 
 
-def test_command_line(tmp_path):
+def test_command_line(tmp_path, monkeypatch, capsys):
+    from mediatok.convert.parity.__main__ import main
+
     bad = copy_case(CASES / "titok/quantizer_l2", tmp_path / "bad", lambda io, c: io["step0.indices"].add_(1))
     for folder, code in ((CASES / "titok/quantizer_l2", 0), (bad, 1), (tmp_path / "nowhere", 2)):
-        command = [sys.executable, "-m", "mediatok.convert.parity", str(folder)]
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == code, result.stdout + result.stderr
-        assert len(result.stderr.strip().splitlines()) == (1 if code == 2 else 0)
+        monkeypatch.setattr(sys, "argv", ["parity", str(folder)])
+        assert main() == code
+        assert len(capsys.readouterr().err.splitlines()) == (1 if code == 2 else 0)
+    command = [sys.executable, "-m", "mediatok.convert.parity", str(tmp_path / "nowhere")]
+    assert subprocess.run(command, capture_output=True).returncode == 2
 
 
 # New cases, recorded with the plain model: sizes that no recorded case has.
