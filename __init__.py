@@ -45,7 +45,7 @@ _PUBLIC = {
 }
 _MODULES = ("convert",)
 
-__all__ = [*_PUBLIC, *_MODULES]  # noqa: PLE0604
+__all__ = [*_PUBLIC, *_MODULES]
 
 
 def __getattr__(name: str):

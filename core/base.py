@@ -1,24 +1,16 @@
-"""What every tokenizer is: a diffusers model with a name, a fingerprint and a vocabulary; and what image tokenizers share.
-
-Shape suffixes: B batch, 3/H/W image of side `image_size`, L tokens, R rows (tiles of one or several images), S tile side.
-"""
+"""What every tokenizer is: a diffusers model with a name, a fingerprint and a vocabulary."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from torch import Tensor
-
-from .errors import InvalidInput
-from .images import fit_square, read_image, to_pil, to_pixels
-from .tiles import TileGrid
-from .tokens import ImageFrame, Tokens
 
 OnStep = Callable[..., None]  # on_step(step, total, preview=None); raise mt.Cancelled in it to stop
 
@@ -40,7 +32,7 @@ class TokenizerOutput:
 
 
 class Tokenizer(ModelMixin, ConfigMixin):
-    """Base of all tokenizers. Subclasses say `modality`, `vocab_size` and `max_tokens`, and implement the tensor level."""
+    """Base of all tokenizers. Subclasses say `modality`, `vocab_size`, `max_tokens`, and implement the tensor level."""
 
     config_name = "config.json"
     _supports_gradient_checkpointing = True
@@ -66,302 +58,14 @@ class Tokenizer(ModelMixin, ConfigMixin):
 
     def cast(self, dtype: torch.dtype) -> Tokenizer:
         """Convert to `dtype` in place, except what `_keep_in_fp32_modules` names."""
-        self.to(dtype)
-        for name in self._keep_in_fp32_modules:
-            if hasattr(self, name):
-                getattr(self, name).float()
+        for name, child in self.named_children():
+            child.to(torch.float32 if name in self._keep_in_fp32_modules else dtype)
+        for parameter in self.parameters(recurse=False):
+            parameter.data = parameter.data.to(dtype)
         return self
 
 
-class ImageTokenizer(Tokenizer):
-    """Base of image tokenizers: pictures in, tokens or latents between, pictures out.
-
-    Subclasses implement `encode_pixels` and `decode_ids`; continuous ones `encode_latents` and `decode_latents` instead.
-    """
-
-    modality = "image"
-    is_variable_length = False  # any prefix of the tokens decodes
-    is_continuous = False  # latents instead of ids
-    accepts_text = False  # the decoder reads a caption
-    text_encoder = "openai/clip-vit-large-patch14-336"  # hub id or folder, for models that accept text
-
-    @property
-    def image_size(self) -> int:
-        return self.config.image_size
-
-    @torch.inference_mode()
-    def encode(
-        self,
-        images,
-        *,
-        num_tokens: int | None = None,
-        target_psnr: float | None = None,
-        max_bytes: int | None = None,
-        tile: bool = False,
-        batch_size: int = 8,
-        on_step: OnStep | None = None,
-    ) -> Tokens:
-        """Turn one picture or a list of them into `Tokens`.
-
-        Args:
-            images: path, bytes, PIL image, array or tensor (see `read_image`), or a list of these.
-            num_tokens: keep the first `num_tokens` (variable-length tokenizers only).
-            target_psnr: choose per picture the fewest tokens whose reconstruction reaches this PSNR in dB; all tokens
-                where none does.
-            max_bytes: keep as many tokens as a one-picture `.mtok` file of this size holds.
-            tile: cover the whole picture at its own size with overlapping tiles; without it the picture is resized and
-                centre-cropped to `image_size`.
-            on_step: called after each batch with the number of finished pictures and the total.
-
-        Raises:
-            InvalidInput: unreadable pictures or options that this tokenizer does not have.
-        """
-        sources, is_batch = as_list(images)
-        self._check_encode_options(num_tokens, target_psnr, max_bytes)
-        rows_ids, frames = [], []
-        for start in range(0, len(sources), 1 if tile else batch_size):
-            chunk = [read_image(source) for source in sources[start : start + (1 if tile else batch_size)]]
-            grids = [TileGrid.cover(image.width, image.height, self.image_size) if tile else None for image in chunk]
-            pixels_R3SS = torch.cat(
-                [
-                    to_pixels(fit_square(image, self.image_size))[None]
-                    if grid is None
-                    else grid.split(to_pixels(image))
-                    for image, grid in zip(chunk, grids, strict=True)
-                ]
-            )
-            tiles_per_image = 1 if grids[0] is None else grids[0].num_tiles
-            ids = []
-            for batch in pixels_R3SS.split(batch_size):
-                ids.append(self.encode_pixels(batch.to(self.device, self.dtype)).cpu())
-                report(on_step, start, len(sources))
-            ids_RL = torch.cat(ids)
-            lengths_I = self._choose_lengths(
-                pixels_R3SS, ids_RL, tiles_per_image, num_tokens, target_psnr, max_bytes, batch_size
-            )
-            for index, image in enumerate(chunk):
-                rows = ids_RL[index * tiles_per_image : (index + 1) * tiles_per_image]
-                rows_ids.append(rows[:, : lengths_I[index]].reshape(-1))
-                grid = grids[index]
-                frames.append(
-                    ImageFrame(
-                        image.width, image.height, 1 if grid is None else grid.rows, 1 if grid is None else grid.cols
-                    )
-                )
-            report(on_step, start + len(chunk), len(sources))
-        return self._tokens(rows_ids, frames, is_batch)
-
-    @torch.inference_mode()
-    def decode(
-        self,
-        tokens: Tokens,
-        *,
-        text: str | Sequence[str] | None = None,
-        as_tensor: bool = False,
-        batch_size: int = 8,
-        on_step: OnStep | None = None,
-    ):
-        """Turn `Tokens` back into pictures: one PIL image, or a list when the tokens came from a list.
-
-        `text` is the caption, or one caption per picture, for text-aware models. With `as_tensor`, fp32 tensors
-        [3, H, W] in [0, 1] instead of PIL images. Pictures are `image_size` square unless they were encoded as tiles.
-
-        Raises:
-            TokenizerMismatch: tokens of another model.
-        """
-        tokens.check(self.name, self.fingerprint)
-        captions = self._captions(text, len(tokens))
-        pictures: list = [None] * len(tokens)
-        whole = [i for i, frame in enumerate(tokens.frames) if frame.rows * frame.cols == 1]
-        done = 0
-        for group in (whole[i : i + batch_size] for i in range(0, len(whole), batch_size)):
-            texts = None if captions is None else [captions[i] for i in group]
-            pixels = self._decode_rows(tokens.ids[group], tokens.lengths[group], texts)
-            for index, picture in zip(group, pixels, strict=True):
-                pictures[index] = picture
-            done += len(group)
-            report(on_step, done, len(tokens), pixels[-1])
-        for index in sorted(set(range(len(tokens))) - set(whole)):
-            texts = None if captions is None else [captions[index]]
-            pictures[index] = self._decode_tiles(tokens, index, texts, batch_size, on_step, done)
-            done += 1
-            report(on_step, done, len(tokens), pictures[index])
-        results = pictures if as_tensor else [to_pil(picture) for picture in pictures]
-        return results if tokens.is_batch else results[0]
-
-    @torch.inference_mode()
-    def reconstruct(self, images, *, text=None, as_tensor: bool = False, batch_size: int = 8, on_step=None, **options):
-        """Encode and decode in one call; `options` are `encode`'s. Works for continuous tokenizers, too."""
-        if not self.is_continuous:
-            tokens = self.encode(images, batch_size=batch_size, on_step=on_step, **options)
-            return self.decode(tokens, text=text, as_tensor=as_tensor, batch_size=batch_size)
-        if options:
-            raise InvalidInput(f"{self.name} has continuous latents: {', '.join(options)} cannot be chosen")
-        sources, is_batch = as_list(images)
-        captions = self._captions(text, len(sources))
-        pictures = []
-        for start in range(0, len(sources), batch_size):
-            chunk = [to_pixels(fit_square(read_image(s), self.image_size)) for s in sources[start : start + batch_size]]
-            latents = self.encode_latents(torch.stack(chunk).to(self.device, self.dtype))
-            text_features = () if captions is None else (self.encode_text(captions[start : start + batch_size]),)
-            pictures += self.decode_latents(latents, *text_features).clamp(0, 1).cpu().unbind()
-            report(on_step, len(pictures), len(sources), pictures[-1])
-        results = pictures if as_tensor else [to_pil(picture) for picture in pictures]
-        return results if is_batch else results[0]
-
-    # Checks that the tensor level of every image tokenizer shares.
-
-    def check_pixels(self, pixels_B3HW: Tensor) -> Tensor:
-        """Return `pixels_B3HW` in the model's dtype, or raise InvalidInput naming the shape it has and should have."""
-        side = self.image_size
-        if pixels_B3HW.ndim != 4 or pixels_B3HW.shape[1:] != (3, side, side) or not pixels_B3HW.is_floating_point():
-            raise InvalidInput(
-                f"{self.name} reads float pixels [B, 3, {side}, {side}] in [0, 1], got {pixels_B3HW.dtype} "
-                f"{list(pixels_B3HW.shape)}; `encode` resizes pictures of any size"
-            )
-        return pixels_B3HW.to(self.dtype)
-
-    def check_num_tokens(self, num_tokens: int | None) -> None:
-        """Refuse a token count that this tokenizer cannot give."""
-        if num_tokens is None:
-            return
-        if not 1 <= num_tokens <= self.max_tokens:
-            raise InvalidInput(
-                f"num_tokens={num_tokens} is out of range; {self.name} has 1 to {self.max_tokens} tokens"
-            )
-        if num_tokens != self.max_tokens and not self.is_variable_length:
-            raise InvalidInput(
-                f"{self.name} always uses {self.max_tokens} tokens; for {num_tokens} take a variable-length tokenizer such "
-                "as one-d-piece-tiny"
-            )
-
-    def check_ids(self, ids_BL: Tensor, lengths_B: Tensor | None = None) -> None:
-        """Refuse ids of a wrong shape, dtype or range, and lengths that do not fit them."""
-        if self.is_continuous:
-            raise InvalidInput(f"{self.name} has continuous latents and no ids; use decode_latents")
-        if ids_BL.ndim != 2 or ids_BL.dtype != torch.int64:
-            raise InvalidInput(f"ids must be int64 [B, L], got {ids_BL.dtype} {list(ids_BL.shape)}")
-        self.check_num_tokens(ids_BL.shape[1])
-        if ids_BL.numel() and not 0 <= int(ids_BL.min()) <= int(ids_BL.max()) < self.vocab_size:
-            raise InvalidInput(
-                f"ids must lie in [0, {self.vocab_size}), got {int(ids_BL.min())} to {int(ids_BL.max())}"
-            )
-        if lengths_B is not None:
-            if (
-                lengths_B.shape != ids_BL.shape[:1]
-                or not 1 <= int(lengths_B.min()) <= int(lengths_B.max()) <= ids_BL.shape[1]
-            ):
-                raise InvalidInput(f"lengths {lengths_B.tolist()} do not fit ids of shape {list(ids_BL.shape)}")
-            if not self.is_variable_length and int(lengths_B.min()) < self.max_tokens:
-                raise InvalidInput(
-                    f"{self.name} always uses {self.max_tokens} tokens, got lengths {lengths_B.tolist()}"
-                )
-
-    # Lengths: how many tokens each picture keeps.
-
-    def _check_encode_options(self, num_tokens, target_psnr, max_bytes) -> None:
-        if self.is_continuous:
-            raise InvalidInput(f"{self.name} has continuous latents and no ids; use reconstruct or encode_latents")
-        self.check_num_tokens(num_tokens)
-        if num_tokens is not None and (target_psnr is not None or max_bytes is not None):
-            raise InvalidInput("num_tokens fixes the length; give it alone, or target_psnr and/or max_bytes")
-        if target_psnr is not None and not self.is_variable_length:
-            raise InvalidInput(
-                f"{self.name} always uses {self.max_tokens} tokens; target_psnr needs a variable-length one"
-            )
-        if target_psnr is not None and not 0 < target_psnr < 100:
-            raise InvalidInput(f"target_psnr={target_psnr} dB is out of range (0 to 100)")
-
-    def _choose_lengths(
-        self, pixels_R3SS, ids_RL, tiles_per_image, num_tokens, target_psnr, max_bytes, batch_size
-    ) -> list[int]:
-        num_images = len(ids_RL) // tiles_per_image
-        longest = self.max_tokens if num_tokens is None else num_tokens
-        if max_bytes is not None:
-            longest = self._longest_within(max_bytes, tiles_per_image, longest)
-        if target_psnr is None:
-            return [longest] * num_images
-        # Bisection: quality grows with length. `high` always holds a length that reaches the target, or the longest.
-        low, high = torch.ones(num_images, dtype=torch.long), torch.full((num_images,), longest)
-        target_mse = 10 ** (-target_psnr / 10)
-        while bool((low < high).any()):
-            middle = (low + high) // 2
-            lengths_R = middle.repeat_interleave(tiles_per_image)
-            errors = []
-            for rows in torch.arange(len(ids_RL)).split(batch_size):
-                decoded = self._decode_rows(ids_RL[rows], lengths_R[rows])
-                errors.append((decoded - pixels_R3SS[rows]).square().mean(dim=(1, 2, 3)))
-            reached = torch.cat(errors).view(num_images, tiles_per_image).mean(1) <= target_mse
-            active = low < high
-            high = torch.where(active & reached, middle, high)
-            low = torch.where(active & ~reached, middle + 1, low)
-        return high.tolist()
-
-    def _longest_within(self, max_bytes: int, tiles_per_image: int, longest: int) -> int:
-        def size(length: int) -> int:
-            row = torch.zeros(length * tiles_per_image, dtype=torch.long)
-            return self._tokens([row], [ImageFrame(4096, 4096, 1, tiles_per_image)], is_batch=False).num_bytes
-
-        shortest = 1 if self.is_variable_length else longest
-        fitting = next((length for length in range(longest, shortest - 1, -1) if size(length) <= max_bytes), None)
-        if fitting is None:
-            raise InvalidInput(f"max_bytes={max_bytes} is too small: {self.name} needs at least {size(shortest)} bytes")
-        return fitting
-
-    # Rows and tiles.
-
-    def _tokens(self, rows_ids: list[Tensor], frames: list[ImageFrame], is_batch: bool) -> Tokens:
-        lengths = torch.tensor([len(row) for row in rows_ids])
-        ids = torch.nn.utils.rnn.pad_sequence(rows_ids, batch_first=True)
-        return Tokens(
-            ids=ids, lengths=lengths, tokenizer=self.name, fingerprint=self.fingerprint, vocab_size=self.vocab_size,
-            modality=self.modality, frames=tuple(frames), is_batch=is_batch,
-        )  # fmt: skip
-
-    def _decode_rows(self, ids_RL: Tensor, lengths_R: Tensor, texts: list[str] | None = None) -> Tensor:
-        """Pixels fp32 [R, 3, S, S] on the CPU, clamped to [0, 1]."""
-        ids_RL = ids_RL[:, : int(lengths_R.max())].to(self.device)
-        lengths = None if bool((lengths_R == ids_RL.shape[1]).all()) else lengths_R.to(self.device)
-        text_features = {} if texts is None else {"text_BTE": self.encode_text(texts)}
-        return self.decode_ids(ids_RL, lengths, **text_features).clamp(0, 1).cpu()
-
-    def _decode_tiles(self, tokens: Tokens, index: int, texts, batch_size: int, on_step, done: int) -> Tensor:
-        frame = tokens.frames[index]
-        grid = TileGrid.of_frame(frame, self.image_size)
-        ids_RL = tokens.ids[index, : tokens.lengths[index]].view(grid.num_tiles, -1)
-        canvas = grid.canvas()
-        for rows in torch.arange(grid.num_tiles).split(batch_size):
-            lengths_R = torch.full((len(rows),), ids_RL.shape[1])
-            pixels = self._decode_rows(ids_RL[rows], lengths_R, None if texts is None else texts * len(rows))
-            canvas.paste(rows.tolist(), pixels)
-            report(on_step, done, len(tokens))
-        return canvas.picture()
-
-    def _captions(self, text: str | Sequence[str] | None, count: int) -> list[str] | None:
-        if text is None:
-            if self.accepts_text:
-                raise InvalidInput(f"{self.name} decodes with a caption; pass text= (for example 'A photo of a cat.')")
-            return None
-        if not self.accepts_text:
-            raise InvalidInput(f"{self.name} takes no text; only TA-TiTok models do")
-        captions = [text] * count if isinstance(text, str) else list(text)
-        if len(captions) != count:
-            raise InvalidInput(f"{len(captions)} captions were given for {count} pictures")
-        return captions
-
-
-def as_list(images) -> tuple[list, bool]:
-    """Return the pictures as a list, and whether a list (or a batch [B, ., ., .]) was given."""
-    if isinstance(images, (list, tuple)):
-        if not images:
-            raise InvalidInput("the list of pictures is empty")
-        return list(images), True
-    if getattr(images, "ndim", 0) == 4:
-        return list(images), True
-    return [images], False
-
-
-def report(on_step: OnStep | None, step: int, total: int, preview=None) -> None:
+def report(on_step: OnStep | None, step: int, total: int, preview: Any = None) -> None:
     """Call `on_step` if there is one."""
     if on_step is not None:
         on_step(step, total, preview=preview)

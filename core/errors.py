@@ -1,4 +1,4 @@
-"""Every error that a user can cause is a `MediatokError`; its message is one line with the offending value and the way out."""
+"""Every error that a user can cause is a `MediatokError`: one line with the offending value and the way out."""
 
 from __future__ import annotations
 

@@ -6,14 +6,14 @@ The table names our own classes; nothing that a file says is ever imported.
 from __future__ import annotations
 
 import importlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import InvalidCheckpoint, InvalidInput, MediatokError, ModelNotFound, nearest_names
+from .errors import InvalidCheckpoint, InvalidInput, ModelNotFound, nearest_names
 
 PRETRAINED = Path(__file__).parent.parent / "pretrained"
 DTYPES = ("float32", "bfloat16")
+WEIGHTS = "diffusion_pytorch_model.safetensors"  # as `save_pretrained` names them
 HUB_PATTERNS = ["*.json", "*.yaml", "*.yml", "*.safetensors", "*.bin"]
 
 # Class name in our config.json -> module below the package.
@@ -106,7 +106,7 @@ ENTRIES = {
             )
         ),
         ModelEntry(
-            "maskgit-vqgan", "MaskGitVQGAN", "Apache-2.0", 54_500_000, "256 px, 16x16 codes; proxy codes of two-stage TiTok",
+            "maskgit-vqgan", "MaskGitVQGAN", "Apache-2.0", 54_500_000, "256 px, 16x16 codes, the proxies of two-stage TiTok",
             hub_id="fun-research/TiTok", hub_file="maskgit-vqgan-imagenet-f16-256.bin",
         ),
     )
@@ -156,7 +156,7 @@ def create(name: str, *, device: str | None = None, dtype: str = "float32", seed
 def constructor_arguments(entry: ModelEntry) -> dict:
     """What the class of `entry` is built with: its shipped config, or the published sizes."""
     if entry.is_shipped:
-        config = _read_config(entry.folder / "config.json")
+        config = _read_config(entry.folder)
         return {key: value for key, value in config.items() if not key.startswith("_")}
     module = importlib.import_module(f"..{CLASSES[entry.class_name]}", __package__)
     return module.released_configs()[entry.name]
@@ -193,7 +193,7 @@ def load(name_or_path: str | Path, *, device: str | None = None, dtype: str = "f
 
 
 def _load_path(path: Path, entry: ModelEntry | None = None):
-    if path.is_dir() and "_class_name" in _read_config(path / "config.json", missing_ok=True):
+    if path.is_dir() and (path / "config.json").is_file() and "_class_name" in _read_config(path):
         return _load_folder(path)
     from ..convert import load_official
 
@@ -201,32 +201,23 @@ def _load_path(path: Path, entry: ModelEntry | None = None):
 
 
 def _load_folder(folder: Path):
-    """A folder in our layout: config.json with `_class_name`, and safetensors weights."""
-    config = _read_config(folder / "config.json")
+    """A folder in our layout: config.json with `_class_name`, and safetensors weights, which must fit it exactly."""
+    from ..convert.build import build
+    from ..convert.read import read_state_dict
+
+    config = _read_config(folder)
     cls = model_class(str(config.get("_class_name")))
-    try:
-        model = cls.from_pretrained(folder, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False)
-    except MediatokError:
-        raise
-    except Exception as error:  # diffusers and safetensors raise many kinds for a broken folder
-        reason = " ".join(str(error).split())[:300]
-        raise InvalidCheckpoint(f"{folder} could not be loaded as {cls.__name__}: {reason}") from error
-    model.name = folder.name
+    index = folder / f"{WEIGHTS}.index.json"
+    weights = read_state_dict(index if index.is_file() else folder / WEIGHTS)
+    model = build(cls, {key: value for key, value in config.items() if not key.startswith("_")}, weights)
+    model.name = folder.resolve().name
     return model
 
 
-def _read_config(path: Path, missing_ok: bool = False) -> dict:
-    if not path.is_file():
-        if missing_ok:
-            return {}
-        raise ModelNotFound(f"{path} is missing; a model folder holds config.json and safetensors weights")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise InvalidCheckpoint(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise InvalidCheckpoint(f"{path} must hold a JSON object")
-    return config
+def _read_config(folder: Path) -> dict:
+    from ..convert.read import read_config
+
+    return read_config(folder / "config.json")
 
 
 def _looks_like_hub_id(name: str) -> bool:
@@ -243,8 +234,8 @@ def _download(hub_id: str, file: str | None) -> Path:
         return Path(snapshot_download(hub_id, allow_patterns=HUB_PATTERNS))
     except Exception as error:  # huggingface_hub raises many kinds: no network, no such repository, gated ...
         raise ModelNotFound(
-            f"the weights of {hub_id} could not be downloaded ({error.__class__.__name__}). Download the repository on a "
-            "machine with network access and pass its folder instead of the name."
+            f"the weights of {hub_id} could not be downloaded ({error.__class__.__name__}). Download the repository "
+            "where there is a network and pass its folder instead of the name."
         ) from error
 
 

