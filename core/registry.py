@@ -80,21 +80,21 @@ ENTRIES = {
     for entry in (
         ModelEntry("titok-tiny", "TiTok", "Apache-2.0", None, "64 px, trained on fluent-emoji"),
         ModelEntry("one-d-piece-tiny", "OneDPiece", "Apache-2.0", None, "64 px, any length, trained on fluent-emoji"),
-        _titok("titok-l32", 641_100_000, "2.21"),
-        _titok("titok-b64", 204_800_000, "1.70"),
-        _titok("titok-s128", 83_700_000, "1.71"),
-        _titok("titok-bl64-vq8k", 390_000_000, "2.06"),
-        _titok("titok-bl128-vq8k", 390_200_000, "1.49"),
-        _titok("titok-sl256-vq8k", 330_300_000, "1.03"),
-        _titok("titok-ll32-vae-c16", 606_900_000, "1.61"),
-        _titok("titok-bl64-vae-c16", 389_400_000, "1.25"),
-        _titok("titok-bl128-vae-c16", 389_600_000, "0.84"),
-        _titok("tatitok-bl32-vq", 390_800_000, "3.95"),
-        _titok("tatitok-bl64-vq", 390_900_000, "2.43"),
-        _titok("tatitok-bl128-vq", 391_000_000, "1.53"),
-        _titok("tatitok-bl32-vae", 390_200_000, "1.53"),
-        _titok("tatitok-bl64-vae", 390_300_000, "1.47"),
-        _titok("tatitok-sl128-vae", 330_300_000, "0.90"),
+        _titok("titok-l32", 641_054_735, "2.21"),
+        _titok("titok-b64", 204_814_095, "1.70"),
+        _titok("titok-s128", 83_674_639, "1.71"),
+        _titok("titok-bl64-vq8k", 390_016_148, "2.06"),
+        _titok("titok-bl128-vq8k", 390_179_988, "1.49"),
+        _titok("titok-sl256-vq8k", 330_260_884, "1.03"),
+        _titok("titok-ll32-vae-c16", 606_879_604, "1.61"),
+        _titok("titok-bl64-vae-c16", 389_418_100, "1.25"),
+        _titok("titok-bl128-vae-c16", 389_581_940, "0.84"),
+        _titok("tatitok-bl32-vq", 390_800_532, "3.95"),
+        _titok("tatitok-bl64-vq", 390_882_452, "2.43"),
+        _titok("tatitok-bl128-vq", 391_046_292, "1.53"),
+        _titok("tatitok-bl32-vae", 390_202_484, "1.53"),
+        _titok("tatitok-bl64-vae", 390_284_404, "1.47"),
+        _titok("tatitok-sl128-vae", 330_275_188, "0.90"),
         *(
             ModelEntry(
                 f"one-d-piece-{size.lower()}256", "OneDPiece", "Apache-2.0", parameters,
@@ -102,11 +102,11 @@ ENTRIES = {
                 hub_id=f"turing-motors/One-D-Piece-{size}-256",
             )
             for size, parameters, rfid in (
-                ("S", 83_900_000, "1.48"), ("B", 205_300_000, "1.11"), ("L", 641_700_000, "1.08")
+                ("S", 83_871_247, "1.48"), ("B", 205_256_463, "1.11"), ("L", 641_742_863, "1.08")
             )
         ),
         ModelEntry(
-            "maskgit-vqgan", "MaskGitVQGAN", "Apache-2.0", 54_500_000, "256 px, 16x16 codes, the proxies of two-stage TiTok",
+            "maskgit-vqgan", "MaskGitVQGAN", "Apache-2.0", 54_515_587, "256 px, 16x16 codes (TiTok's proxies)",
             hub_id="fun-research/TiTok", hub_file="maskgit-vqgan-imagenet-f16-256.bin",
         ),
     )

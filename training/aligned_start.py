@@ -34,10 +34,12 @@ def align_latents(model: nn.Module) -> None:
     """
     if model.config.is_legacy:
         raise InvalidRecipe("model.aligned_start is for single-stage models (is_legacy: false)")
+    # Where prefixes must decode, the first latents take places far apart.
+    latent_places = (coarse_to_fine if model.is_variable_length else row_by_row)(model.max_tokens)
     for stack in (model.encoder, model.decoder):
         if stack.positional_embedding.shape[1] % 8:
             raise InvalidRecipe("model.aligned_start needs widths that are multiples of 8")
-        _align_stack(stack, queries_are_latents=stack is model.encoder)
+        _align_stack(stack, latent_places, queries_are_latents=stack is model.encoder)
     encoder, decoder = model.encoder, model.decoder
     inputs = encoder.patch_embed.weight[0].numel()
     encoder.patch_embed.weight.normal_(std=2 * inputs**-0.5)
@@ -47,11 +49,11 @@ def align_latents(model: nn.Module) -> None:
     nn.init.dirac_(decoder.conv_out.weight)
 
 
-def _align_stack(stack: nn.Module, queries_are_latents: bool) -> None:
+def _align_stack(stack: nn.Module, latent_places: Tensor, queries_are_latents: bool) -> None:
     width = stack.positional_embedding.shape[1]
     half = width // 2
-    patches_PF = place_features(stack.positional_embedding.shape[0] - 1, half)
-    latents_PF = place_features(stack.latent_token_positional_embedding.shape[0], half)
+    patches_PF = sines(row_by_row(stack.positional_embedding.shape[0] - 1), half)
+    latents_PF = sines(latent_places, half)
 
     # Keys read the first half of a position, queries the second; so one kind is looked at, and the other looks.
     def looked_at(x: Tensor) -> Tensor:
@@ -72,12 +74,28 @@ def _align_stack(stack: nn.Module, queries_are_latents: bool) -> None:
         block.attn.out_proj.weight.copy_(rotation.T * VALUE_GAIN**0.5)
 
 
-def place_features(count: int, features: int) -> Tensor:
-    """Sines and cosines [count, features] of `count` places spread evenly over the picture, row by row."""
+def row_by_row(count: int) -> Tensor:
+    """(y, x) in [0, 8) of `count` places spread evenly over the picture, in reading order: [count, 2]."""
     cols = math.ceil(math.sqrt(count))
     rows = math.ceil(count / cols)
     index = torch.arange(count)
-    y, x = (index // cols + 0.5) * 8 / rows, (index % cols + 0.5) * 8 / cols
+    return torch.stack([(index // cols + 0.5) * 8 / rows, (index % cols + 0.5) * 8 / cols], dim=1)
+
+
+def coarse_to_fine(count: int) -> Tensor:
+    """(y, x) in [0, 8) of `count` places such that every first k of them cover the whole picture: [count, 2].
+
+    The van der Corput sequence in two dimensions: bit k of the index halves the spacing along y (odd k) or x (even k).
+    """
+    places = torch.zeros(count, 2)
+    for bit in range(max(count - 1, 1).bit_length()):
+        level, axis = divmod(bit, 2)
+        places[:, 1 - axis] += ((torch.arange(count) >> bit) & 1) * 8 / 2 ** (level + 1)
+    return places + 0.5
+
+
+def sines(places_P2: Tensor, features: int) -> Tensor:
+    """Sines and cosines [P, features] of the places."""
     frequency = torch.logspace(*(math.log10(f) for f in FREQUENCIES), features // 4)
-    angles = [place[:, None] * frequency for place in (y, x)]
+    angles = [place[:, None] * frequency for place in places_P2.unbind(1)]
     return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
