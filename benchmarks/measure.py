@@ -50,21 +50,24 @@ def alternate(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, 
     return {name: {"wall": statistics.median(walls[name]), "cpu": statistics.median(cpus[name])} for name in ways}
 
 
-def peak_mib(way: str, threads: int) -> dict[str, float]:
-    """Run this script again with `--peak WAY` and return what `report_peak` found there."""
+def peak_mib(way: str, threads: int) -> dict[str, dict[str, float]]:
+    """Run this script again with `--peak WAY` and return what `report_peaks` found there."""
     command = [sys.executable, sys.argv[0], "--threads", str(threads), "--peak", way]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def report_peak(way: Callable[[], object]) -> None:
-    """Print the peak resident memory while `way` runs, and how much of it was added, in MiB (Linux)."""
+def report_peaks(calls: dict[str, Callable[[], object]]) -> None:
+    """Print for each call its peak resident memory, and how much of that it added, in MiB (Linux)."""
+    peaks = {}
     with torch.inference_mode():
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of building the model
-        before = _status_mib("VmRSS")
-        way()
-        peak = _status_mib("VmHWM")
-    print(json.dumps({"peak": peak, "added": peak - before}))
+        for name, call in calls.items():
+            Path("/proc/self/clear_refs").write_text("5")  # forget the peaks before
+            before = _status_mib("VmRSS")
+            call()
+            peak = _status_mib("VmHWM")
+            peaks[name] = {"peak": peak, "added": peak - before}
+    print(json.dumps(peaks))
 
 
 def _status_mib(field: str) -> float:

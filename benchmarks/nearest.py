@@ -3,7 +3,7 @@
 from functools import partial
 
 import torch
-from measure import alternate, arguments, peak_mib, record, report_peak
+from measure import alternate, arguments, peak_mib, record, report_peaks
 from mediatok.kernels.nearest import nearest_code
 
 SHAPES = {  # rows, codes, dimensions
@@ -34,11 +34,11 @@ def main() -> None:
     options = arguments(__doc__)
     ways = {"plain": plain, "nearest_code": nearest_code}
     if options.peak:
-        way, name = options.peak.split(":")
-        z, codebook = inputs(SHAPES[name])
-        ways[way](z[:1], codebook)
-        report_peak(lambda: ways[way](z, codebook))
+        way = ways[options.peak]
+        way(*inputs((1, 2, 3)))
+        report_peaks({name: partial(way, *inputs(shape)) for name, shape in SHAPES.items()})
         return
+    peaks = {way: peak_mib(way, options.threads) for way in ways}
     lines = [
         "| shape (N, K, D) | plain ms (cpu) | nearest_code ms (cpu) | ratio wall (cpu) | added MiB | ids that differ |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -47,7 +47,7 @@ def main() -> None:
         z, codebook = inputs(shape)
         times = alternate({way: partial(call, z, codebook) for way, call in ways.items()}, options.repeats)
         old, new = times["plain"], times["nearest_code"]
-        added = [peak_mib(f"{way}:{name}", options.threads)["added"] for way in ways]
+        added = [peaks[way][name]["added"] for way in ways]
         differing = int((plain(z, codebook) != nearest_code(z, codebook)).sum())
         lines.append(
             f"| {name} {shape} | {old['wall'] * 1e3:.2f} ({old['cpu'] * 1e3:.2f}) "

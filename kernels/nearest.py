@@ -83,7 +83,7 @@ def _sum_in_order(squares: Iterable[Tensor], shape: tuple[int, ...], device: tor
 
 
 def _tolerance(z_ND: Tensor, code_norm_K: Tensor, unit_roundoff: float) -> Tensor:
-    """How far above a row's best fp32 score the true winner's may lie, fp64 [N]; infinite or NaN where fp32 overflows.
+    """How far above a row's best fp32 score the true winner's may lie, fp64 [N]; infinite where fp32 may overflow.
 
     A sum of D products in any order is off by at most (D + 1) * u * sum|z_d e_d| <= (D + 1) * u * |z| |e| (Higham 2002,
     section 3.1), plus what underflows; a few more u cover ||e||^2 and the comparison itself. Two scores are compared,
