@@ -198,7 +198,7 @@ def _load(image: Image.Image, where: str) -> Image.Image:
         )
     try:
         image.load()
-        turn = ORIENTATIONS.get(_orientation(image))
+        turn = _turn(image)
         image = _to_rgb(image)
         if turn is not None:
             image = image.transpose(turn)
@@ -215,15 +215,15 @@ def _decode_bytes_per_pixel(image: Image.Image) -> int:
     if image.format == "WEBP":  # its decoder keeps two canvases beside the frame (measured)
         return 17
     if image.format in ("JPEG", "MPO"):  # a progressive file is kept whole, as 16-bit coefficients
-        return max(4 + 2 * image.layers, 8)
+        return max(4 + 2 * getattr(image, "layers", 3), 8)
     return 8
 
 
-def _orientation(image: Image.Image) -> int:
+def _turn(image: Image.Image) -> Image.Transpose | None:
     try:
-        return image.getexif().get(ORIENTATION_TAG, 1)
+        return ORIENTATIONS.get(image.getexif().get(ORIENTATION_TAG))
     except Exception:  # a picture with broken EXIF data is still a picture
-        return 1
+        return None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

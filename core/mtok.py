@@ -142,7 +142,9 @@ class _Reader:
         for index in range(5):
             byte = self.byte()
             value |= (byte & 0x7F) << (7 * index)
-            if byte < 0x80 and (byte > 0 or index == 0):
+            if byte == 0 and index > 0:
+                break
+            if byte < 0x80:
                 return value
         raise InvalidTokens("the .mtok file holds a malformed number")
 

@@ -82,31 +82,15 @@ class Tokens:
 
     def __post_init__(self):
         _check_labels(self)
-        lengths_B = _as_int64("lengths", self.lengths, ndims=(1,))
-        if len(lengths_B) == 0:
-            raise InvalidTokens("tokens need at least one item")
-        if not 1 <= int(lengths_B.min()) <= int(lengths_B.max()) <= MAX_LENGTH:
-            raise InvalidTokens(f"lengths must be 1 to {MAX_LENGTH}, got {_span(lengths_B)}")
-        ids = _as_int64("ids", self.ids, ndims=(2, 3))
-        if ids.shape[0] != len(lengths_B) or ids.shape[1] < int(lengths_B.max()):
-            raise InvalidTokens(
-                f"ids {list(ids.shape)} do not hold {len(lengths_B)} items of length {_span(lengths_B)}"
-            )
-        if ids.ndim == 3 and not 1 <= ids.shape[2] <= MAX_CODEBOOKS:
-            raise InvalidTokens(f"ids [B, L, Q] must have 1 to {MAX_CODEBOOKS} codebooks, got {list(ids.shape)}")
-        ids = ids[:, : int(lengths_B.max())]
-        if not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
-            raise InvalidTokens(f"ids must lie in [0, {self.vocab_size}), got {_span(ids)}")
-        is_padding_BL = torch.arange(ids.shape[1]) >= lengths_B[:, None]
-        if bool((ids.ne(0) & is_padding_BL.view(*ids.shape[:2], *[1] * (ids.ndim - 2))).any()):
-            raise InvalidTokens("ids past the length of their item must be 0")
+        ids, lengths_B = _as_int64("ids", self.ids, ndims=(2, 3)), _as_int64("lengths", self.lengths, ndims=(1,))
+        _check_numbers(ids, lengths_B, self.vocab_size)
         frames = tuple(self.frames)
         _check_frames(frames, FRAMES[self.modality], lengths_B)
         if not self.is_batch and len(lengths_B) != 1:
             raise InvalidTokens(f"is_batch=False is for one item, got {len(lengths_B)}")
         # Copies outside of inference mode: ours alone, and usable as indices where gradients are needed.
         with torch.inference_mode(False):
-            object.__setattr__(self, "ids", ids.clone(memory_format=torch.contiguous_format))
+            object.__setattr__(self, "ids", ids[:, : int(lengths_B.max())].clone(memory_format=torch.contiguous_format))
             object.__setattr__(self, "lengths", lengths_B.clone())
         object.__setattr__(self, "frames", frames)
         object.__setattr__(self, "tokenizer", _cut_name(self.tokenizer))
@@ -249,6 +233,23 @@ def _check_labels(tokens: Tokens) -> None:
         raise InvalidTokens(f"vocab_size must be 2 to {MAX_VOCAB_SIZE}, not {tokens.vocab_size!r}")
     if tokens.modality not in FRAMES:
         raise InvalidTokens(f"modality must be one of {', '.join(FRAMES)}, not {tokens.modality!r}")
+
+
+def _check_numbers(ids: Tensor, lengths_B: Tensor, vocab_size: int) -> None:
+    if len(lengths_B) == 0:
+        raise InvalidTokens("tokens need at least one item")
+    if not 1 <= int(lengths_B.min()) <= int(lengths_B.max()) <= MAX_LENGTH:
+        raise InvalidTokens(f"lengths must be 1 to {MAX_LENGTH}, got {_span(lengths_B)}")
+    if ids.shape[0] != len(lengths_B) or ids.shape[1] < int(lengths_B.max()):
+        raise InvalidTokens(f"ids {list(ids.shape)} do not hold {len(lengths_B)} items of length {_span(lengths_B)}")
+    if ids.ndim == 3 and not 1 <= ids.shape[2] <= MAX_CODEBOOKS:
+        raise InvalidTokens(f"ids [B, L, Q] must have 1 to {MAX_CODEBOOKS} codebooks, got {list(ids.shape)}")
+    if not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        raise InvalidTokens(f"ids must lie in [0, {vocab_size}), got {_span(ids)}")
+    is_padding_BL = torch.arange(ids.shape[1]) >= lengths_B[:, None]
+    is_used_BL = ids.ne(0) if ids.ndim == 2 else ids.ne(0).any(-1)
+    if bool((is_used_BL & is_padding_BL).any()):
+        raise InvalidTokens("ids past the length of their item must be 0")
 
 
 def _check_frames(frames: tuple, frame_class: type, lengths_B: Tensor) -> None:
