@@ -1,8 +1,8 @@
 """Checkpoints that are whole or not there, and that nothing needs to unpickle.
 
-A checkpoint is a folder `step_00001000` of safetensors and JSON. It is written under a temporary name, its manifest last,
-and then renamed in one step; so a kill at any moment leaves the older checkpoints intact and at most a temporary folder,
-which the next save removes.
+A checkpoint is a folder `step_00001000` of safetensors and JSON. It is written under a temporary name, its manifest
+last, and then renamed in one step; so a kill at any moment leaves the older checkpoints intact and at most a temporary
+folder, which the next save removes.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ NAME = re.compile(r"step_(\d{8,})")
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict, keep: int) -> Path:
-    """Write `tensors` (one safetensors file per entry) and `state` (JSON), and keep only the newest `keep` checkpoints."""
+    """Write `tensors` (one safetensors file per entry) and `state` (JSON); keep only the newest `keep` checkpoints."""
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".writing_*"):
-        shutil.rmtree(leftover)
+    for path in folder.iterdir():  # what a kill left of an earlier save or deletion
+        if path.name.startswith(".writing_") or (NAME.fullmatch(path.name) and not _is_whole(path)):
+            shutil.rmtree(path)
     target = folder / f"step_{step:08d}"
     staged = folder / f".writing_{target.name}"
     staged.mkdir()

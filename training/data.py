@@ -1,7 +1,7 @@
 """Training pictures in an order that needs no state.
 
-Every random choice - which picture comes at which place, how it is cropped and mirrored - is a pure function of the seed
-and the sample's global position in the run. So a resumed run continues exactly, with any number of workers, and P
+Every random choice - which picture comes at which place, how it is cropped and mirrored - is a pure function of the
+seed and the sample's global position in the run. So a resumed run continues exactly, with any number of workers, and P
 processes with a batch of B see what one process with a batch of P*B sees.
 
 Shape suffixes: B batch, 3/H/W image, S side in pixels.
@@ -131,7 +131,7 @@ class TrainingPictures(Dataset):
         if side != shorter:
             size = [max(side, round(edge * side / shorter)) for edge in image.size]
             image = image.resize(size, Image.Resampling.BICUBIC)
-        return np.asarray(image), caption
+        return np.array(image), caption
 
     def _augment(self, picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         height, width, _ = picture.shape

@@ -1,9 +1,10 @@
-"""A finished (or running) training run as a model folder: `python -m mediatok.training.export RUN OUT [--dtype float16]`."""
+"""A training run, finished or not, as a model folder: `python -m mediatok.training.export RUN OUT [--dtype float16]`"""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -19,12 +20,16 @@ def export_model(model: torch.nn.Module, out: str | Path, dtype: str = "float32"
     """Save `model` to `out` in the library's layout, its weights stored as `dtype` (computing is in fp32 again)."""
     if dtype not in DTYPES:
         raise InvalidInput(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    model = deepcopy(model)
     # A buffer of training (the running code usage) is of no use to a finished model.
     if model.config.get("clustering"):
         del model.quantize.embed_prob
         model.quantize.clustering = False
         model.register_to_config(clustering=False)
-    model.to(getattr(torch, dtype)).save_pretrained(out, safe_serialization=True)
+    for name, parameter in model.named_parameters():
+        if not name.startswith("quantize."):  # codes are searched in fp32, and are few
+            parameter.data = parameter.data.to(getattr(torch, dtype))
+    model.save_pretrained(out, safe_serialization=True)
     return Path(out)
 
 

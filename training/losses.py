@@ -22,7 +22,7 @@ Metrics = dict[str, Tensor]
 
 
 class GeneratorLoss(nn.Module):
-    """Reconstruction + perceptual + quantizer (or KL) + adversarial term. Metrics are the weighted terms, detached, 0-d."""
+    """Reconstruction + perceptual + quantizer (or KL) + adversarial term. Metrics: weighted terms, detached, 0-d."""
 
     def __init__(self, recipe: LossRecipe, perceptual: nn.Module | None):
         super().__init__()
@@ -43,8 +43,8 @@ class GeneratorLoss(nn.Module):
         if output.vq is not None and recipe.quantizer_weight:
             terms["quantizer_loss"] = recipe.quantizer_weight * output.vq.quantizer_loss
         if discriminator is not None:
-            gan_loss = -discriminator(fake_B3HW).mean()
-            terms["weighted_gan_loss"] = recipe.discriminator_weight * recipe.discriminator_factor * gan_loss
+            gan_weight = recipe.discriminator_weight * recipe.discriminator_factor
+            terms["weighted_gan_loss"] = gan_weight * -discriminator(fake_B3HW).mean()
         total = sum(terms.values())
         return total, {name: term.detach() for name, term in terms.items()} | {"total_loss": total.detach()}
 
@@ -91,7 +91,7 @@ class DiscriminatorLoss(nn.Module):
 
 
 def proxy_code_loss(output: TokenizerOutput, codes_BP: Tensor, quantizer_weight: float = 1.0) -> tuple[Tensor, Metrics]:
-    """Stage 1: cross entropy of the logits [B, K, G, G] with the VQGAN codes int64 [B, G*G], plus the quantizer loss."""
+    """Stage 1: cross entropy of the logits [B, K, G, G] with the VQGAN codes int64 [B, G*G], and the quantizer loss."""
     cross_entropy = F.cross_entropy(output.decoded.float().flatten(2), codes_BP)
     quantizer_loss = quantizer_weight * output.vq.quantizer_loss
     accuracy = (output.decoded.detach().flatten(2).argmax(dim=1) == codes_BP).float().mean()

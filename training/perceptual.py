@@ -159,7 +159,7 @@ def build_perceptual(name: str, weights: dict[str, Path]) -> nn.Module | None:
 
 
 def lpips_from_files(weights: dict[str, Path]) -> LPIPS:
-    """LPIPS from torchvision's VGG-16 file (key "vgg16") and the linear heads (key "lpips"; torchmetrics has a copy)."""
+    """LPIPS from torchvision's VGG-16 file (key "vgg16") and the linear heads (key "lpips"; torchmetrics has them)."""
     vgg = _read_weights("vgg16", weights)
     if "lpips" not in weights:
         import torchmetrics
@@ -200,8 +200,8 @@ def _read_weights(name: str, weights: dict[str, Path]) -> dict[str, Tensor]:
     if path is None or not Path(path).is_file():
         where = "is not given" if path is None else f"{path} does not exist"
         raise ModelNotFound(
-            f"weights of {name} {where}: set loss.perceptual_weights.{name} to torchvision's file (.pth or .safetensors), "
-            "or loss.perceptual to efficientnet_lite0, which `make data` fetches"
+            f"weights of {name} {where}: set loss.perceptual_weights.{name} to torchvision's file (.pth or "
+            ".safetensors), or loss.perceptual to efficientnet_lite0, which `make data` fetches"
         )
     try:
         if Path(path).suffix == ".safetensors":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ class WeightAverage:
         from diffusers.training_utils import EMAModel
 
         self.names = [name for name, _ in module.named_parameters()]
-        self.ema = EMAModel(module.parameters(), decay=decay, foreach=True)
+        self.ema = EMAModel(module.parameters(), decay=decay)
 
     def step(self, module: nn.Module) -> None:
         """Account for one update of `module`; frozen parameters are copied."""
@@ -73,10 +74,17 @@ class WeightAverage:
             shadow.copy_(tensors[name])
         self.ema.optimization_step = steps
 
-    def swap_in(self, module: nn.Module) -> None:
-        """Put the averaged weights into `module` until `swap_out`."""
+    @contextmanager
+    def applied_to(self, module: nn.Module):
+        """The averaged weights in `module`, in evaluation mode and without gradients, while the block runs."""
+        modes = {child: child.training for child in module.modules()}
         self.ema.store(module.parameters())
         self.ema.copy_to(module.parameters())
-
-    def swap_out(self, module: nn.Module) -> None:
-        self.ema.restore(module.parameters())
+        module.eval()
+        try:
+            with torch.no_grad():
+                yield module
+        finally:
+            self.ema.restore(module.parameters())
+            for child, mode in modes.items():
+                child.training = mode

@@ -1,8 +1,8 @@
 """Webdataset shards (uncompressed tar files) as a numbered collection of pictures.
 
-A shard is indexed once by reading its headers, and pictures are then read by offset: nothing is extracted, memory stays at
-a few numbers a picture, and any place in the run can be reached at once. Members that are not plain files, or whose name,
-kind or size is not what a picture or caption has, are ignored.
+A shard is indexed once by reading its headers, and pictures are then read by offset: nothing is extracted, memory stays
+at a few numbers a picture, and any place in the run can be reached at once. Members that are not plain files, or whose
+name, kind or size is not what a picture or caption has, are ignored.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Train an image tokenizer: `accelerate launch -m mediatok.training.tokenizer recipes/NAME.yaml [section.key=value ...]`.
+"""Train an image tokenizer: `accelerate launch -m mediatok.training.tokenizer RECIPE.yaml [section.key=value ...]`.
 
-One loop serves single-stage models, stage 1 (predict the proxy codes of MaskGIT-VQGAN) and stage 2 (fine-tune the decoders
-against pixels) of two-stage ones, on one process or several. Every random choice of a step is a function of (seed, step,
-process), and the picture at each place of (seed, position): a resumed run continues bit for bit.
+One loop serves single-stage models, stage 1 (predict the proxy codes of MaskGIT-VQGAN) and stage 2 (fine-tune the
+decoders against pixels) of two-stage ones, on one process or several. Every random choice of a step is a function of
+(seed, step, process), and the picture at each place one of (seed, position): a resumed run continues bit for bit.
 
-Shape suffixes: B batch, 3/H/W image, V validation pictures, L tokens, N all tokens, P patches.
+Shape suffixes: B batch, 3/H/W image, P patches.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from .losses import DiscriminatorLoss, GeneratorLoss, proxy_code_loss
 from .perceptual import build_perceptual
 from .recipe import Recipe, load_recipe
 from .schedule import NO_DECAY, NO_DECAY_TITOK, WeightAverage, cosine_lr, make_optimizer, set_lr
-from .tracker import Tracker, code_usage
+from .tracker import Tracker
+from .validate import code_usage, measure, reconstruct
 
 logger = logging.getLogger(__name__)
 
@@ -118,9 +119,8 @@ class TokenizerTrainer:
         batches = training_batches(
             self.pictures, first_batch, run.batch_size, self.accelerator.process_index, self.accelerator.num_processes
         )
-        logger.info(
-            "%.1f M parameters, from step %d", sum(p.numel() for p in self.raw_model.parameters()) / 1e6, self.step
-        )
+        num_parameters = sum(parameter.numel() for parameter in self.raw_model.parameters())
+        logger.info("%.1f M parameters, from step %d of %d", num_parameters / 1e6, self.step, run.steps)
         started, started_at = time.perf_counter(), self.step
         while self.step < run.steps:
             # What a step draws depends on nothing before it, so there is no generator state to save.
@@ -137,15 +137,19 @@ class TokenizerTrainer:
                     raise MediatokError(f"the loss became {metrics['total_loss']} at step {self.step}; lower the rate")
             if tracker is not None:
                 if _is_due(self.step, run.validate_every, run.steps):
-                    tracker.log(self.step, self._validate())
+                    with self.ema.applied_to(self.raw_model) as model:
+                        values = measure(model, self.vqgan, self.val_pixels, self.val_captions, run.batch_size)
+                    tracker.log(self.step, values)
                 if _is_due(self.step, run.sample_every, run.steps):
                     real = to_float(self.val_pixels[: run.num_samples])
-                    tracker.samples(self.step, real, self._with_average(self._reconstruct, real))
+                    with self.ema.applied_to(self.raw_model) as model:
+                        tracker.samples(self.step, real, reconstruct(model, self.vqgan, real, self.val_captions))
             if _is_due(self.step, run.checkpoint_every, run.steps):
                 self.save()
         if tracker is not None:
             tracker.close()
-            self._with_average(self._export)
+            with self.ema.applied_to(self.raw_model) as model:
+                export_model(model, self.recipe.output / "model", run.export_dtype)
         self.accelerator.wait_for_everyone()
 
     def _train_step(self, batches) -> dict[str, Tensor]:
@@ -224,58 +228,6 @@ class TokenizerTrainer:
         self.discriminator_step += 1
         return totals
 
-    # Looking at the averaged weights
-
-    def _with_average(self, action, *args):
-        """Run `action` with the averaged weights in the model, in evaluation mode."""
-        training = {module: module.training for module in self.raw_model.modules()}
-        self.ema.swap_in(self.raw_model)
-        self.raw_model.eval()
-        try:
-            with torch.no_grad():
-                return action(*args)
-        finally:
-            self.ema.swap_out(self.raw_model)
-            for module, mode in training.items():
-                module.training = mode
-
-    def _reconstruct(
-        self, pixels_B3HW: Tensor, captions: list[str] | None = None, num_tokens: int | None = None
-    ) -> Tensor:
-        model, pixels_B3HW = self.raw_model, pixels_B3HW.to(self.device)
-        text = ()
-        if model.accepts_text:
-            text = (model.encode_text(captions or [""] * len(pixels_B3HW)),)
-        if model.is_continuous:
-            return model.decode_latents(model.encode_latents(pixels_B3HW), *text)
-        ids_BL = model.encode_pixels(pixels_B3HW)[:, :num_tokens]
-        if self.vqgan is not None:
-            return model.decode_proxy(ids_BL, self.vqgan)
-        return model.decode_ids(ids_BL, None, *text)
-
-    def _validate(self) -> dict[str, float]:
-        return self._with_average(self._measure)
-
-    def _measure(self) -> dict[str, float]:
-        """PSNR in dB (mean over pictures) at several lengths where the model has them, and how the codes are used."""
-        model, size = self.raw_model, self.recipe.run.batch_size
-        lengths = [None]
-        if model.is_variable_length:
-            lengths = [max(1, model.max_tokens // divisor) for divisor in (8, 4, 2)] + [None]
-        values, ids = {}, []
-        for length in dict.fromkeys(lengths):
-            psnrs = []
-            for start in range(0, len(self.val_pixels), size):
-                real = to_float(self.val_pixels[start : start + size]).to(self.device)
-                fake = self._reconstruct(real, self.val_captions[start : start + size], length).clamp(0, 1)
-                psnrs.append(-10 * (fake - real).square().mean(dim=(1, 2, 3)).clamp(min=1e-10).log10())
-                if length is None and not model.is_continuous:
-                    ids.append(model.encode_pixels(real))
-            values["val_psnr" if length is None else f"val_psnr_{length}_tokens"] = float(torch.cat(psnrs).mean())
-        if ids:
-            values |= {f"val_{name}": value for name, value in code_usage(torch.cat(ids), model.vocab_size).items()}
-        return values
-
     # Saving
 
     def save(self) -> None:
@@ -320,9 +272,6 @@ class TokenizerTrainer:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.samples_seen = state["step"], state["samples_seen"]
         self.discriminator_step = state["discriminator_step"]
-
-    def _export(self) -> None:
-        export_model(self.raw_model, self.recipe.output / "model", self.recipe.run.export_dtype)
 
 
 def _is_due(step: int, every: int, last: int) -> bool:

@@ -1,6 +1,6 @@
 """What a run tells about itself: TensorBoard, a JSONL log with the same numbers, and grids of samples.
 
-Shape suffixes: B batch, L tokens, 3/H/W image.
+Shape suffixes: B batch, 3/H/W image.
 """
 
 from __future__ import annotations
@@ -63,14 +63,3 @@ def read_log(path: Path) -> list[dict]:
         except ValueError:
             continue
     return lines
-
-
-def code_usage(ids_BL: Tensor, codebook_size: int) -> dict[str, float]:
-    """Fraction of the codes that occur, and the perplexity of their distribution (`codebook_size` when uniform)."""
-    counts_K = torch.bincount(ids_BL.flatten(), minlength=codebook_size).double()
-    probabilities_K = counts_K / counts_K.sum()
-    entropy = -(probabilities_K * probabilities_K.clamp(min=1e-12).log()).sum()
-    return {
-        "codebook_usage": float((counts_K > 0).double().mean()),
-        "codebook_perplexity": float(entropy.exp()),
-    }
