@@ -10,7 +10,8 @@ import math
 import re
 import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,7 @@ WRITERS = {
     ".bmp": {"format": "BMP"},
 }
 
-_warnings_lock = threading.Lock()  # `warnings.catch_warnings` changes the whole process
+_warnings_lock = threading.Lock()
 
 
 def read_image(source: str | Path | bytes | Image.Image | np.ndarray | Tensor) -> Image.Image:
@@ -174,9 +175,7 @@ def _open(data: bytes, where: str) -> Image.Image:
     if not data:
         raise InvalidInput(f"{where} is empty (0 bytes)")
     try:
-        # Pillow's own pixel limit warns; ours, checked by `_load`, is lower and refuses.
-        with _warnings_lock, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _without_warnings():  # Pillow warns above its own pixel limit; ours is lower, `_load` refuses
             return Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         pixels = re.search(r"\d+", str(error))
@@ -220,15 +219,27 @@ def _decode_bytes_per_pixel(image: Image.Image) -> int:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes the picture upright, by its EXIF data."""
     try:
-        return ORIENTATIONS.get(image.getexif().get(ORIENTATION_TAG))
+        with _without_warnings():
+            return ORIENTATIONS.get(image.getexif().get(ORIENTATION_TAG))
     except Exception:  # a picture with broken EXIF data is still a picture
         return None
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Keep Pillow's warnings to ourselves. One thread at a time: Python's filters belong to the whole process."""
+    with _warnings_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise InvalidInput("a PIL image of mode F has no known range; pass an array of floats in [0, 1]")
+    if image.mode == "La":  # Pillow converts it to nothing else
+        image = image.convert("LA")
     is_grey16 = image.mode.startswith("I")  # "I;16" and its byte orders; "I" where other programs keep 16 bits in 32
     if not is_grey16 and not image.has_transparency_data:
         return image.convert("RGB") if image.mode != "RGB" else image
