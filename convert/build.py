@@ -44,7 +44,7 @@ def check_keys(expected: Mapping[str, tuple[int, ...]], state_dict: Mapping[str,
     """Raise InvalidCheckpoint listing missing keys, unknown keys and wrong shapes, if there are any."""
     problems = [
         *(f"missing {key} {list(expected[key])}" for key in expected if key not in state_dict),
-        *(f"unknown {key} {list(value.shape)}" for key, value in state_dict.items() if key not in expected),
+        *(f"unknown {shown(key)} {list(value.shape)}" for key, value in state_dict.items() if key not in expected),
         *(
             f"{key} has shape {list(state_dict[key].shape)} instead of {list(shape)}"
             for key, shape in expected.items()
@@ -55,6 +55,11 @@ def check_keys(expected: Mapping[str, tuple[int, ...]], state_dict: Mapping[str,
         more = f"; and {len(problems) - MAX_LISTED} more" if len(problems) > MAX_LISTED else ""
         listed = "; ".join(problems[:MAX_LISTED])
         raise InvalidCheckpoint(f"the weights do not fit the config ({len(problems)} differences): {listed}{more}")
+
+
+def shown(name: str) -> str:
+    """A name from a file as part of a one-line message: escaped, and cut where it is absurdly long."""
+    return repr(name if len(name) <= 120 else name[:120] + "...")[1:-1]
 
 
 class Fields:

@@ -52,7 +52,7 @@ def read_state_dict(path: str | Path, *, numbers_only: bool = True) -> dict[str,
         raise InvalidCheckpoint(f"{path} holds no tensors")
     for key, tensor in tensors.items():
         if numbers_only and tensor.dtype not in NUMBER_DTYPES:
-            raise InvalidCheckpoint(f"{path}: '{key}' is of type {tensor.dtype}; weights are float or integer")
+            raise InvalidCheckpoint(f"{path}: {key!r} is of type {tensor.dtype}; weights are float or integer")
     return tensors
 
 
@@ -83,7 +83,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         with zipfile.ZipFile(path) as archive:
             packed = next((info for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED), None)
         if packed:
-            raise InvalidCheckpoint(f"{path}: entry '{packed.filename}' is compressed, which torch.save never does")
+            raise InvalidCheckpoint(f"{path}: entry {packed.filename!r} is compressed, which torch.save never does")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -106,11 +106,11 @@ def _tensor_name(path: Path, key: Any) -> str:
 
 def _plain_tensor(path: Path, key: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
-        raise InvalidCheckpoint(f"{path}: '{key}' is a {type(value).__name__}; a flat dict of tensors is read")
+        raise InvalidCheckpoint(f"{path}: {key!r} is a {type(value).__name__}; a flat dict of tensors is read")
     if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
-        raise InvalidCheckpoint(f"{path}: '{key}' is not a plain dense tensor")
+        raise InvalidCheckpoint(f"{path}: {key!r} is not a plain dense tensor")
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-        raise InvalidCheckpoint(f"{path}: '{key}' claims shape {tuple(value.shape)} over less data than that")
+        raise InvalidCheckpoint(f"{path}: {key!r} claims shape {tuple(value.shape)} over less data than that")
     return value.detach()
 
 
@@ -123,11 +123,11 @@ def _read_shards(index_path: Path) -> dict[str, Tensor]:
     for file in dict.fromkeys(weight_map.values()):
         shard = inside(index_path.parent, file)
         if not shard.is_file():
-            raise InvalidCheckpoint(f"{index_path} names the shard '{file}', which is missing")
+            raise InvalidCheckpoint(f"{index_path} names the shard {file!r}, which is missing")
         shard_tensors = _read_weight_file(shard)
         promised = {key for key, value in weight_map.items() if value == file}
         if differing := sorted(promised ^ shard_tensors.keys()):
-            raise InvalidCheckpoint(f"{shard} and {index_path.name} disagree about '{differing[0]}'")
+            raise InvalidCheckpoint(f"{shard} and {index_path.name} disagree about {differing[0]!r}")
         tensors |= shard_tensors
     return tensors
 
@@ -172,15 +172,15 @@ def check_plain(value: Any, source: str, at: str = "", depth: int = 0) -> None:
         for key, child in value.items():
             where = f"{at}.{key}" if at else str(key)
             if not isinstance(key, str):
-                raise InvalidCheckpoint(f"{source}: key '{where}' is not text")
+                raise InvalidCheckpoint(f"{source}: key {where!r} is not text")
             if CODE_KEY.fullmatch(key):
-                raise InvalidCheckpoint(f"{source}: '{where}' names code to import; configs are read as data only")
+                raise InvalidCheckpoint(f"{source}: {where!r} names code to import; configs are read as data only")
             check_plain(child, source, where, depth + 1)
     elif isinstance(value, list):
         for i, child in enumerate(value):
             check_plain(child, source, f"{at}[{i}]", depth + 1)
     elif not isinstance(value, str | int | float | bool | None):
-        raise InvalidCheckpoint(f"{source}: '{at}' is a {type(value).__name__}, not a plain value")
+        raise InvalidCheckpoint(f"{source}: {at!r} is a {type(value).__name__}, not a plain value")
 
 
 def read_json(path: Path, limit_bytes: int) -> dict[str, Any]:
@@ -190,7 +190,7 @@ def read_json(path: Path, limit_bytes: int) -> dict[str, Any]:
         keys = dict(pairs)
         if len(keys) < len(pairs):
             twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
-            raise InvalidCheckpoint(f"{path}: the key '{twice}' occurs twice")
+            raise InvalidCheckpoint(f"{path}: the key {twice!r} occurs twice")
         return keys
 
     def constant(word: str) -> None:
@@ -221,7 +221,7 @@ class _PlainLoader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value]
         if twice := next((key for i, key in enumerate(keys) if key in keys[:i]), None):
-            raise yaml.YAMLError(f"the key '{twice}' occurs twice")
+            raise yaml.YAMLError(f"the key {twice!r} occurs twice")
         return super().construct_mapping(node, deep)
 
 

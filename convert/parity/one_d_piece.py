@@ -7,7 +7,7 @@ import torch
 from ...core.errors import InvalidInput
 from .. import one_d_piece
 from .replay import IMAGE, PIXEL, TAP, Replay
-from .titok import check_encoder, check_stage1_losses, check_vq, decoder_modules, taps, to_uint8
+from .titok import check_encoder, check_stage1_losses, check_vq, decoder_modules, encoder_modules, taps, to_uint8
 
 
 def replay_lengths(replay: Replay) -> None:
@@ -58,7 +58,9 @@ def replay_stage1_train(replay: Replay) -> None:
     model.train()
     for match in replay.matches(r"drop(\d+)\.kept"):
         prefix, kept = f"drop{match[1]}.", int(replay.input(match[0]))
-        output = model(image, generator=generator_that_keeps(kept, model))
+        with taps(encoder_modules(model) | decoder_modules(model)) as values:
+            output = model(image, generator=generator_that_keeps(kept, model))
+        replay.check_all({f"{prefix}{name}": value for name, value in values.items()}, TAP)
         replay.check(f"{prefix}logits", output.decoded, TAP)
         check_stage1_losses(replay, model, output, codes, prefix)
 

@@ -126,11 +126,12 @@ def test_single_vqgan_file(tmp_path, monkeypatch):
 def test_file_names_of_all_releases(tmp_path):
     for entry in mt.models():
         if not entry.is_shipped:
-            file = entry.hub_file or f"tokenizer_{entry.name.replace('-', '_')}.bin"
-            torch.save({"latent_tokens": torch.ones(1)}, tmp_path / file)
-            assert is_official_folder(tmp_path / file)
-            with pytest.raises(InvalidCheckpoint, match="missing"):
-                load_official(tmp_path / file)
+            file = tmp_path / (entry.hub_file or f"tokenizer_{entry.name.replace('-', '_')}.bin")
+            torch.save({"latent_tokens": torch.ones(1)}, file)
+            assert is_official_folder(file)
+            if entry.name in ("titok-s128", "maskgit-vqgan"):
+                with pytest.raises(InvalidCheckpoint, match="missing"):
+                    load_official(file)
 
 
 # Refusals.
@@ -178,6 +179,15 @@ def test_hostile_configs_are_refused_and_run_nothing(tmp_path, monkeypatch, load
             is_official_folder(folder)
         assert snapshot(tmp_path) == before
         del place[key]
+
+
+@pytest.mark.parametrize("key", ["_target_", "class_path", "auto_map", "attn_implementation"])
+def test_hostile_keys_in_our_own_layout_are_refused_too(tmp_path, key):
+    load_official(write_release(tmp_path / "r", *official("titok/single_stage_vq"))).save_pretrained(tmp_path / "ours")
+    file = tmp_path / "ours" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: "os.system"}))
+    with pytest.raises(InvalidCheckpoint, match="names code"):
+        mt.load(tmp_path / "ours")
 
 
 @pytest.mark.parametrize("layout", ["ema_model/pytorch_model.bin", "pytorch_model.bin", "tokenizer_titok_b64.bin"])
