@@ -41,7 +41,7 @@ def parse(data: bytes) -> dict:
     fingerprint, name = take(8).hex(), take(take(1)[0]).decode()
     count = varint(0, 65536)
     items = [
-        (varint(1, 2**28 - 1), [varint(1, 65535), varint(1, 65535), varint(1, 2**14 - 1), varint(1, 2**14 - 1)])
+        (varint(1, 2**28 - 1), [varint(1, 65535), varint(1, 65535), varint(0, 2**14 - 1), varint(0, 2**14 - 1)])
         for _ in range(count or 1)
     ]
     bits, width = (vocab_size - 1).bit_length(), max(codebooks, 1)
@@ -52,7 +52,7 @@ def parse(data: bytes) -> dict:
     if not 0 <= fill < 8 or number & ((1 << fill) - 1) or not name.isprintable() or len(name.encode()) > 24:
         raise ValueError("ids or name")
     ids = [number >> (len(packed) * 8 - bits * (i + 1)) & ((1 << bits) - 1) for i in range(num_ids)]
-    if max(ids) >= vocab_size or any(length % (rows * cols) for length, (_, _, rows, cols) in items):
+    if max(ids) >= vocab_size or not all(fits_tiles(length, *frame[2:]) for length, frame in items):
         raise ValueError("id or tiles")
     longest = max(length for length, _ in items)
     if len(items) * longest * width > 2**21:
@@ -61,6 +61,10 @@ def parse(data: bytes) -> dict:
         "ids": ids, "items": items, "count": count, "codebooks": codebooks,
         "vocab_size": vocab_size, "name": name, "fingerprint": fingerprint,
     }  # fmt: skip
+
+
+def fits_tiles(length: int, rows: int, cols: int) -> bool:
+    return (rows, cols) == (0, 0) or (rows > 0 and cols > 0 and length % (rows * cols) == 0)
 
 
 def agrees(parsed: dict, tokens: mt.Tokens) -> bool:
