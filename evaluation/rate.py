@@ -97,8 +97,8 @@ def rate_curve(
 def _tokenizer_point(tokenizer, reference: Image.Image, tokens, batch_size: int) -> RatePoint:
     decoded = tokenizer.decode(tokens, batch_size=batch_size)
     frame, total = tokens.frames[0], int(tokens.lengths[0])
-    per_tile = total // (frame.rows * frame.cols)
-    tiles = "" if frame.rows * frame.cols == 1 else f" x {frame.rows * frame.cols} tiles"
+    per_tile = total // frame.num_tiles
+    tiles = "" if frame.num_tiles == 1 else f" x {frame.num_tiles} tiles"
     return _point(tokens.num_bytes, reference, decoded, per_tile, f"{per_tile} tokens{tiles}")
 
 
