@@ -5,9 +5,11 @@ Shape suffixes: B batch, 3/H/W image of side `image_size`, L tokens, R rows (til
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from .base import OnStep, Tokenizer, report
@@ -63,36 +65,21 @@ class ImageTokenizer(Tokenizer):
         sources, is_batch = as_list(images)
         self._check_encode_options(num_tokens, target_psnr, max_bytes)
         rows_ids, frames = [], []
-        for start in range(0, len(sources), 1 if tile else batch_size):
-            chunk = [read_image(source) for source in sources[start : start + (1 if tile else batch_size)]]
-            grids = [TileGrid.cover(image.width, image.height, self.image_size) if tile else None for image in chunk]
-            pixels_R3SS = torch.cat(
-                [
-                    to_pixels(fit_square(image, self.image_size))[None]
-                    if grid is None
-                    else grid.split(to_pixels(image))
-                    for image, grid in zip(chunk, grids, strict=True)
-                ]
-            )
-            tiles_per_image = 1 if grids[0] is None else grids[0].num_tiles
+        per_chunk = 1 if tile else batch_size  # pictures whose rows are in memory at once
+        for start in range(0, len(sources), per_chunk):
+            prepared = [self._prepare(read_image(source), tile) for source in sources[start : start + per_chunk]]
+            pixels_R3SS, chunk_frames = torch.cat([rows for rows, _ in prepared]), [frame for _, frame in prepared]
             ids = []
             for batch in pixels_R3SS.split(batch_size):
-                ids.append(self.encode_pixels(batch.to(self.device, self.dtype)).cpu())
+                ids.append(self.encode_pixels(batch.to(self.device)).cpu())
                 report(on_step, start, len(sources))
             ids_RL = torch.cat(ids)
-            lengths_I = self._choose_lengths(
-                pixels_R3SS, ids_RL, tiles_per_image, num_tokens, target_psnr, max_bytes, batch_size
-            )
-            for index, image in enumerate(chunk):
-                rows = ids_RL[index * tiles_per_image : (index + 1) * tiles_per_image]
-                rows_ids.append(rows[:, : lengths_I[index]].reshape(-1))
-                grid = grids[index]
-                frames.append(
-                    ImageFrame(
-                        image.width, image.height, 1 if grid is None else grid.rows, 1 if grid is None else grid.cols
-                    )
-                )
-            report(on_step, start + len(chunk), len(sources))
+            longest = [self._longest(frame, num_tokens, max_bytes) for frame in chunk_frames]
+            lengths = self._shortest_reaching(target_psnr, longest, pixels_R3SS, ids_RL, batch_size)
+            for rows, length in zip(ids_RL.chunk(len(chunk_frames)), lengths, strict=True):
+                rows_ids.append(rows[:, :length].reshape(-1))
+            frames += chunk_frames
+            report(on_step, len(frames), len(sources))
         return self._tokens(rows_ids, frames, is_batch)
 
     @torch.inference_mode()
@@ -116,9 +103,9 @@ class ImageTokenizer(Tokenizer):
         tokens.check(self.name, self.fingerprint)
         captions = self._captions(text, len(tokens))
         pictures: list = [None] * len(tokens)
-        whole = [i for i, frame in enumerate(tokens.frames) if frame.rows * frame.cols == 1]
+        whole = [index for index, frame in enumerate(tokens.frames) if not frame.is_tiled]
         done = 0
-        for group in (whole[i : i + batch_size] for i in range(0, len(whole), batch_size)):
+        for group in (whole[start : start + batch_size] for start in range(0, len(whole), batch_size)):
             texts = None if captions is None else [captions[i] for i in group]
             pixels = self._decode_rows(tokens.ids[group], tokens.lengths[group], texts)
             for index, picture in zip(group, pixels, strict=True):
@@ -216,43 +203,53 @@ class ImageTokenizer(Tokenizer):
         if target_psnr is not None and not 0 < target_psnr < 100:
             raise InvalidInput(f"target_psnr={target_psnr} dB is out of range (0 to 100)")
 
-    def _choose_lengths(
-        self, pixels_R3SS, ids_RL, tiles_per_image, num_tokens, target_psnr, max_bytes, batch_size
-    ) -> list[int]:
-        num_images = len(ids_RL) // tiles_per_image
+    def _longest(self, frame: ImageFrame, num_tokens: int | None, max_bytes: int | None) -> int:
+        """Most tokens a row that `num_tokens` or the byte budget allow for a picture of this frame."""
         longest = self.max_tokens if num_tokens is None else num_tokens
-        if max_bytes is not None:
-            longest = self._longest_within(max_bytes, tiles_per_image, longest)
+        if max_bytes is None:
+            return longest
+        shortest = 1 if self.is_variable_length else longest
+        lengths = range(shortest, longest + 1)
+
+        def size(length: int) -> int:
+            ids = torch.zeros(length * frame.num_tiles, dtype=torch.long)
+            return self._tokens([ids], [frame], is_batch=False).num_bytes
+
+        fitting = bisect.bisect_right(lengths, max_bytes, key=size)
+        if fitting == 0:
+            raise InvalidInput(f"max_bytes={max_bytes} is too small: {self.name} needs at least {size(shortest)} bytes")
+        return lengths[fitting - 1]
+
+    def _shortest_reaching(
+        self, target_psnr: float | None, longest: list[int], pixels_R3SS: Tensor, ids_RL: Tensor, batch_size: int
+    ) -> list[int]:
+        """Fewest tokens per picture that reach `target_psnr`, found by bisection: quality grows with length."""
         if target_psnr is None:
-            return [longest] * num_images
-        # Bisection: quality grows with length. `high` always holds a length that reaches the target, or the longest.
-        low, high = torch.ones(num_images, dtype=torch.long), torch.full((num_images,), longest)
-        target_mse = 10 ** (-target_psnr / 10)
+            return longest
+        low, high = torch.ones(len(longest), dtype=torch.long), torch.tensor(longest)
+        rows_per_picture = len(ids_RL) // len(longest)
         while bool((low < high).any()):
             middle = (low + high) // 2
-            lengths_R = middle.repeat_interleave(tiles_per_image)
+            lengths_R = middle.repeat_interleave(rows_per_picture)
             errors = []
             for rows in torch.arange(len(ids_RL)).split(batch_size):
                 decoded = self._decode_rows(ids_RL[rows], lengths_R[rows])
                 errors.append((decoded - pixels_R3SS[rows]).square().mean(dim=(1, 2, 3)))
-            reached = torch.cat(errors).view(num_images, tiles_per_image).mean(1) <= target_mse
-            active = low < high
-            high = torch.where(active & reached, middle, high)
-            low = torch.where(active & ~reached, middle + 1, low)
+            mse = torch.cat(errors).view(len(longest), -1).mean(dim=1)
+            reached = mse <= 10 ** (-target_psnr / 10)
+            # `high` always holds a length that reaches the target, or the longest.
+            high = torch.where(reached, middle.minimum(high), high)
+            low = torch.where(reached, low, (middle + 1).minimum(high))
         return high.tolist()
 
-    def _longest_within(self, max_bytes: int, tiles_per_image: int, longest: int) -> int:
-        def size(length: int) -> int:
-            row = torch.zeros(length * tiles_per_image, dtype=torch.long)
-            return self._tokens([row], [ImageFrame(4096, 4096, 1, tiles_per_image)], is_batch=False).num_bytes
-
-        shortest = 1 if self.is_variable_length else longest
-        fitting = next((length for length in range(longest, shortest - 1, -1) if size(length) <= max_bytes), None)
-        if fitting is None:
-            raise InvalidInput(f"max_bytes={max_bytes} is too small: {self.name} needs at least {size(shortest)} bytes")
-        return fitting
-
     # Rows and tiles.
+
+    def _prepare(self, image: Image.Image, tile: bool) -> tuple[Tensor, ImageFrame]:
+        """The squares [R, 3, S, S] that stand for a picture, and its frame."""
+        if not tile:
+            return to_pixels(fit_square(image, self.image_size))[None], ImageFrame(image.width, image.height)
+        grid = TileGrid.cover(image.width, image.height, self.image_size)
+        return grid.split(to_pixels(image)), ImageFrame(image.width, image.height, grid.rows, grid.cols)
 
     def _tokens(self, rows_ids: list[Tensor], frames: list[ImageFrame], is_batch: bool) -> Tokens:
         lengths = torch.tensor([len(row) for row in rows_ids])

@@ -35,18 +35,25 @@ class ImageFrame:
 
     width: int
     height: int
-    rows: int = 1
-    cols: int = 1
+    rows: int = 0
+    cols: int = 0
 
     def __post_init__(self):
-        for name, limit in (("width", MAX_SIDE), ("height", MAX_SIDE), ("rows", MAX_TILES), ("cols", MAX_TILES)):
+        for name, limit in (("width", MAX_SIDE), ("height", MAX_SIDE)):
             value = getattr(self, name)
             if not isinstance(value, int) or not 1 <= value <= limit:
                 raise InvalidTokens(f"the {name} of an image frame must be 1 to {limit}, not {value!r}")
+        grid = (self.rows, self.cols)
+        if grid != (0, 0) and not all(isinstance(n, int) and 1 <= n <= MAX_TILES for n in grid):
+            raise InvalidTokens(f"the tiles of an image frame must be 0 x 0, or 1 to {MAX_TILES} a side, not {grid!r}")
+
+    @property
+    def is_tiled(self) -> bool:
+        return self.rows > 0
 
     @property
     def num_tiles(self) -> int:
-        return self.rows * self.cols
+        return max(self.rows * self.cols, 1)
 
 
 # What an item of each modality carries beside its ids. A new modality adds its frame here and its bytes in mtok.py.
