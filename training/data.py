@@ -59,6 +59,8 @@ class ImageFolder:
     """
 
     def __init__(self, folder: str | Path, split: str | None = None):
+        if not Path(folder).is_dir():
+            raise InvalidInput(f"{folder} is not a folder of pictures (nor shards, which end in .tar)")
         self.paths = list_images(folder)
         if split is not None:
             self.paths = [path for path in self.paths if is_held_out(path.stem) == (split == "val")]
@@ -124,8 +126,9 @@ class TrainingPictures(Dataset):
                 break
             except MediatokError as error:
                 logger.warning("skipped a broken picture: %s", error)
+                last_error = error
         else:
-            raise InvalidInput(f"{MAX_BROKEN_IN_A_ROW} broken pictures in a row; the last: see the log")
+            raise InvalidInput(f"{MAX_BROKEN_IN_A_ROW} broken pictures in a row; the last: {last_error}")
         shorter = min(image.size)
         side = min(max(shorter, self.image_size), self.stored_side)
         if side != shorter:
@@ -142,7 +145,7 @@ class TrainingPictures(Dataset):
         top, left = rng.integers(height - side + 1), rng.integers(width - side + 1)
         picture = picture[top : top + side, left : left + side]
         if side != target:
-            picture = np.asarray(Image.fromarray(picture).resize((target, target), Image.Resampling.BICUBIC))
+            picture = np.array(Image.fromarray(picture).resize((target, target), Image.Resampling.BICUBIC))
         if rng.random() < self.recipe.flip:
             picture = picture[:, ::-1]
         return np.ascontiguousarray(picture)

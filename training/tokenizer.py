@@ -18,6 +18,7 @@ from functools import partial
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor
 
 from ..core.errors import InvalidRecipe, MediatokError
@@ -40,6 +41,7 @@ from .tracker import Tracker
 from .validate import code_usage, measure, reconstruct
 
 logger = logging.getLogger(__name__)
+DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 class TokenizerTrainer:
@@ -48,6 +50,9 @@ class TokenizerTrainer:
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
         self.accelerator = Accelerator(mixed_precision=recipe.run.mixed_precision)
+        if self.accelerator.distributed_type not in DATA_PARALLEL:
+            kind = self.accelerator.distributed_type.value
+            raise InvalidRecipe(f"accelerate is set to {kind}; tokenizers train in one process or with DDP")
         self.device = self.accelerator.device
         torch.manual_seed(recipe.run.seed)
         checkpoints = whole_checkpoints(recipe.output / "checkpoints")
@@ -125,9 +130,14 @@ class TokenizerTrainer:
         while self.step < run.steps:
             # What a step draws depends on nothing before it, so there is no generator state to save.
             torch.manual_seed(hash((run.seed, self.step, self.accelerator.process_index)))
-            metrics = self._train_step(batches)
+            metrics, ids_BL = self._train_step(batches)
             self.step += 1
-            if self.step % run.log_every == 0 or self.step == run.steps:
+            if _is_due(self.step, run.log_every, run.steps):
+                if ids_BL is not None:
+                    usage = code_usage(ids_BL, self.raw_model.vocab_size)
+                    metrics |= {
+                        f"batch_{name}": torch.tensor(value, device=self.device) for name, value in usage.items()
+                    }
                 metrics = {name: float(self.accelerator.reduce(value, "mean")) for name, value in metrics.items()}
                 elapsed = time.perf_counter() - started
                 speed = (self.step - started_at) * batch_of_all * run.gradient_accumulation / elapsed
@@ -152,7 +162,7 @@ class TokenizerTrainer:
                 export_model(model, self.recipe.output / "model", run.export_dtype)
         self.accelerator.wait_for_everyone()
 
-    def _train_step(self, batches) -> dict[str, Tensor]:
+    def _train_step(self, batches) -> tuple[dict[str, Tensor], Tensor | None]:
         """One update of the tokenizer and, in the adversarial phase, one of the discriminator, on the same pictures."""
         run, optimizer = self.recipe.run, self.recipe.optimizer
         lr = cosine_lr(self.step, optimizer.lr, optimizer.end_lr, optimizer.warmup_steps, run.steps)
@@ -179,10 +189,8 @@ class TokenizerTrainer:
         if self._is_adversarial():
             totals |= self._train_discriminator(pairs)
         totals |= {"lr": torch.tensor(lr), "grad_norm": torch.as_tensor(grad_norm)}
-        if ids:
-            usage = code_usage(torch.cat(ids), self.raw_model.vocab_size)
-            totals |= {f"batch_{name}": torch.tensor(value) for name, value in usage.items()}
-        return {name: value.to(self.device, torch.float32) for name, value in totals.items()}
+        metrics = {name: value.to(self.device, torch.float32) for name, value in totals.items()}
+        return metrics, torch.cat(ids) if ids else None
 
     def _forward(self, pixels_B3HW: Tensor, captions: list[str], micro: int):
         # The same draws (tail drop, noise) in every process: the batch is one batch, spread over processes.

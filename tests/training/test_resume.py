@@ -150,8 +150,8 @@ def newest(folder):
 def test_kill_within_a_checkpoint_write(tmp_path):
     """Every instant of a write: a child is killed after a growing delay while it saves again and again."""
     script = (
-        "import sys, torch; from pathlib import Path; from mediatok.training import tokenizer
-from mediatok.training.checkpoint import save_checkpoint\n"
+        "import sys, torch; from pathlib import Path\n"
+        "from mediatok.training.checkpoint import save_checkpoint\n"
         "print('ready', flush=True)\n"
         "for step in range(1, 10**6):\n"
         "    tensors = {'model': {'w': torch.full((2000,), float(step))}}\n"
