@@ -71,11 +71,11 @@ def read_image(source: str | Path | bytes | Image.Image | np.ndarray | Tensor) -
             are decoded.
     """
     if isinstance(source, (str, Path)):
-        return _load(_open(read_limited(source, MAX_IMAGE_BYTES), shown(source)), shown(source))
+        return _decode(read_limited(source, MAX_IMAGE_BYTES), shown(source))
     if isinstance(source, (bytes, bytearray, memoryview)):
         if len(source) > MAX_IMAGE_BYTES:
             raise LimitExceeded(f"the picture has {len(source):,} bytes; the limit is {MAX_IMAGE_BYTES:,}")
-        return _load(_open(bytes(source), "the picture"), "the picture")
+        return _decode(bytes(source), "the picture")
     if isinstance(source, Image.Image):
         return _load(source, "the picture")
     if isinstance(source, Tensor):
@@ -168,6 +168,14 @@ def list_images(sources: str | Path | Iterable[str | Path]) -> list[Path]:
 
 def _is_listed(relative: Path) -> bool:
     return relative.suffix.lower() in IMAGE_SUFFIXES and not any(part.startswith(".") for part in relative.parts)
+
+
+def _decode(data: bytes, where: str) -> Image.Image:
+    image = _load(
+        _open(data, where), where
+    )  # nothing here holds the opened image: its memory goes when it is converted
+    image.info = {}  # EXIF data and comments stay behind
+    return image
 
 
 def _open(data: bytes, where: str) -> Image.Image:

@@ -180,6 +180,16 @@ def test_exif_rotation_of_jpeg():
     assert_picture(image, np.rot90(gradient(), -1), within=16)
 
 
+def test_exif_data_and_comments_stay_behind(tmp_path):
+    exif = Image.Exif()
+    exif[0x010E] = "secret"
+    data = file_of(Image.fromarray(gradient()), "JPEG", exif=exif, comment=b"secret", icc_profile=b"secret")
+    assert data.count(b"secret") == 3
+    for suffix in WRITERS:
+        mt.write_image(read_image(data), tmp_path / f"a{suffix}")
+        assert b"secret" not in (tmp_path / f"a{suffix}").read_bytes()
+
+
 def test_broken_exif_is_passed_over():
     data = file_of(Image.fromarray(gradient()), "PNG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12")
     assert_picture(read_image(data), gradient())

@@ -21,7 +21,7 @@ def header(vocab_size=4096, count=0, codebooks=0, modality=1, name=b"a") -> byte
 
 
 def item(length: int, *frame: int) -> bytes:
-    return b"".join(map(_varint, (length, *(frame or (1, 1, 1, 1)))))
+    return b"".join(map(_varint, (length, *(frame or (1, 1, 0, 0)))))
 
 
 def peak_mib() -> float:

@@ -180,7 +180,9 @@ def test_one_item_only_when_not_a_batch(make_tokens):
         make_tokens([3, 5], is_batch=False)
 
 
-@pytest.mark.parametrize("size", [(0, 1), (1, 0), (65536, 1), (1, 1, 0, 1), (1, 1, 1, 16384), (1.0, 1), (-5, 1)])
+@pytest.mark.parametrize(
+    "size", [(0, 1), (1, 0), (65536, 1), (1, 1, 0, 1), (1, 1, 1, 0), (1, 1, 1, 16384), (1.0, 1), (-5, 1)]
+)
 def test_frames_have_limits(size):
     with pytest.raises(mt.InvalidTokens):
         mt.ImageFrame(*size)
