@@ -80,7 +80,7 @@ def machine(threads: int) -> str:
         name = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1]
     except (OSError, TypeError):
         name = platform.processor()
-    capabilities = torch.cpu.get_capabilities()
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     units = [unit for unit in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16", "bf16") if capabilities.get(unit)]
     load = os.getloadavg()[0]
     return (

@@ -18,5 +18,5 @@ def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
 
 def has_bfloat16_matrix_units() -> bool:
     """Whether this CPU multiplies bfloat16 matrices faster than fp32 ones."""
-    capabilities = torch.cpu.get_capabilities()
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch cannot tell
     return bool(capabilities.get("amx_bf16") or capabilities.get("bf16"))
