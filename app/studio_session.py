@@ -1,0 +1,74 @@
+"""What the studio keeps for one open page: the picture, its tokens, the running jobs and a private folder.
+
+Gradio copies the `State` value for every new page, and an hour after the page closes it calls `close`; nothing of a
+user outlives that.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import threading
+from pathlib import Path
+
+from .studio_worker import Job
+
+
+class Session:
+    """Private data of one page. The server makes one prototype; a copy of it is a fresh session."""
+
+    def __init__(self, root: Path, picture: Path, first_result=None, first_curves=None):
+        self._first = (root, picture, first_result, first_curves)
+        self._root = root
+        self._lock = threading.Lock()
+        self._folder: Path | None = None
+        self._jobs: dict[tuple[str, str], Job] = {}
+        self.picture = self.compare_picture = picture  # of each tab: the last picture that could be read
+        self.result = first_result  # what the Image tab shows (studio_actions.Result); replaced whole, never changed
+        self.position = 0  # of the chosen token
+        self.curves: tuple | None = first_curves  # (what they were measured on, curves by name)
+
+    def __deepcopy__(self, memo) -> Session:
+        return Session(*self._first)
+
+    @property
+    def folder(self) -> Path:
+        """The session's own folder, made on first use."""
+        with self._lock:
+            if self._folder is None:
+                self._folder = Path(tempfile.mkdtemp(prefix="session-", dir=self._root))
+            return self._folder
+
+    def start(self, tab: str, part: str = "main") -> Job:
+        """Begin a job in a tab. What runs there for the same part is out of date and stops; with "main", all parts."""
+        with self._lock:
+            for key in [key for key in self._jobs if key == (tab, part) or (part == "main" and key[0] == tab)]:
+                self._jobs.pop(key).stop()
+            job = self._jobs[tab, part] = Job()
+            return job
+
+    def stop(self, tab: str) -> bool:
+        """Stop this page's jobs in a tab; no other page notices. False if there were none."""
+        with self._lock:
+            keys = [key for key in self._jobs if key[0] == tab]
+            jobs = [self._jobs.pop(key) for key in keys]
+        for job in jobs:
+            job.stop()
+        return bool(jobs)
+
+    def finish(self, job: Job) -> None:
+        """Forget a job that has ended."""
+        with self._lock:
+            for key in [key for key, other in self._jobs.items() if other is job]:
+                del self._jobs[key]
+
+    def close(self) -> None:
+        """Stop all jobs and delete the folder."""
+        with self._lock:
+            for job in self._jobs.values():
+                job.stop()
+            self._jobs.clear()
+            folder, self._folder = self._folder, None
+            self.result = self.curves = None
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,173 @@
+"""The Compare tab: two tokenizers on one picture, at equal tokens or equal bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import gradio as gr
+from PIL import Image
+
+from . import studio_actions as actions
+from . import studio_views as views
+from .studio_context import SAMPLE_SCRIPT, Studio, hold_back, html, picture_input, sample_strip, skips, speaks
+from .studio_session import Session
+
+KINDS = [("Equal tokens", "tokens"), ("Equal bytes", "bytes")]
+NUM_OUTPUTS = 6
+
+
+def build(studio: Studio, session: gr.State, prototype: Session, title: gr.HTML) -> SimpleNamespace:
+    """Lay the tab out and connect it."""
+    ui = SimpleNamespace()
+    results, notes = compare(studio, prototype, prototype.picture, *first_choice(studio), "tokens", 64, 96)
+    choices = studio.catalogue.choices()
+    with gr.Row(equal_height=False, elem_classes="mt-page"):
+        with gr.Column(scale=0, min_width=300, elem_classes="mt-controls"):
+            ui.picture = picture_input(
+                prototype.picture, label="Picture", sources=["upload", "webcam", "clipboard"], height=170,
+                buttons=[],
+                elem_id="compare-picture", placeholder="Drop, paste or choose a picture",
+            )  # fmt: skip
+            ui.samples = html(sample_strip(studio.samples), js_on_load=SAMPLE_SCRIPT, elem_id="compare-samples")
+            ui.models = [
+                gr.Dropdown(
+                    choices, value=source, label=f"Tokenizer {letter}", elem_id=f"compare-{letter.lower()}",
+                    info=info, filterable=False,
+                )
+                for letter, source, info in zip(
+                    "AB", first_choice(studio), ("Shown in the middle.", "Shown on the right."), strict=True
+                )
+            ]  # fmt: skip
+            with gr.Group(elem_classes="mt-budget"):
+                ui.kind = gr.Radio(
+                    KINDS, value="tokens", label="Compare at", elem_id="compare-kind", info="What is made equal."
+                )
+                ui.count = gr.Slider(
+                    1, 256, value=64, step=1, label="Tokens", buttons=[], elem_id="compare-count",
+                    info="Models with a fixed count keep theirs.",
+                )  # fmt: skip
+                ui.size = gr.Number(
+                    96, label="Bytes", precision=0, minimum=1, visible=False, elem_id="compare-bytes",
+                    info="Of each .mtok file, at most; press Enter.",
+                )  # fmt: skip
+            with gr.Row(elem_classes="mt-buttons"):
+                ui.stop = gr.Button("Stop", size="sm", elem_id="compare-stop", elem_classes="mt-stop", min_width=50)
+        with gr.Column(scale=1, min_width=320, elem_classes="mt-results"):
+            with gr.Row(equal_height=False, elem_classes="mt-three"):
+                ui.views = [
+                    gr.Image(
+                        value, label=label, interactive=False, height=340, format="png", buttons=["fullscreen"],
+                        elem_id=f"compare-view-{index}", min_width=220,
+                    )
+                    for index, (label, value) in enumerate(three_views(results))
+                ]  # fmt: skip
+            with gr.Column(elem_classes="mt-panel"):
+                ui.table = html(views.compare_table(results, notes), elem_id="compare-table")
+    ui.events = CompareEvents(studio)
+    _connect(session, title, ui)
+    return ui
+
+
+def _connect(session: gr.State, title: gr.HTML, ui: SimpleNamespace) -> None:
+    events = ui.events
+    controls = [*ui.models, ui.kind, ui.count, ui.size]
+    outputs = [ui.picture, *ui.views, ui.table, title]
+    quiet = {"show_progress": "hidden", "api_visibility": "private"}
+    work = {"show_progress": "minimal", "show_progress_on": ui.views, "api_visibility": "private"}
+    ui.picture.upload(events.upload, [session, ui.picture, *controls], outputs, **work)
+    ui.samples.click(events.sample, [session, *controls], outputs, **work)
+    ui.kind.input(lambda kind: (gr.Slider(visible=kind == "tokens"), gr.Number(visible=kind == "bytes")),
+                  [ui.kind], [ui.count, ui.size], **quiet)  # fmt: skip
+    ui.count.input(events.run, [session, *controls], outputs, trigger_mode="always_last", **work)
+    for listener in (*(model.input for model in ui.models), ui.kind.input, ui.size.submit, ui.size.blur):
+        listener(events.run, [session, *controls], outputs, **work)
+    ui.stop.click(events.stop, [session], None, queue=False, **quiet)
+    ui.start = lambda event: event.success(events.take, [session, *controls], outputs, **work)
+
+
+def first_choice(studio: Studio) -> tuple[str, str]:
+    """The default model and, where there is one, another."""
+    default = studio.catalogue.default_source()
+    others = [source for _, source in studio.catalogue.choices() if source != default]
+    return default, others[0] if others else default
+
+
+def compare(
+    studio: Studio, session: Session, picture: Path, a: str, b: str, kind: str, count: int, size: int
+) -> tuple[list[actions.Result], list[str]]:
+    """Run both tokenizers; returns their results and remarks on them."""
+    job = session.start("compare")
+    budget = actions.Budget(kind, size if kind == "bytes" else count)
+    results, notes = [], []
+    for source in (a, b):
+        tokenizer = studio.catalogue.get(source)
+        with studio.device.hold(job):
+            result = actions.encode_picture(tokenizer, source, picture, picture.name, budget, job)
+        results.append(result)
+        notes.append(_note(result, tokenizer, budget))
+    job.check()
+    session.finish(job)
+    return results, notes
+
+
+def three_views(results: list[actions.Result]) -> list[tuple[str, Image.Image]]:
+    """(label, picture) of the original, at the larger of the two sizes, and of both reconstructions."""
+    original = max((result.reference for result in results), key=lambda image: image.width)
+    return [
+        ("Original", original),
+        *((f"{letter}: {result.model_name}", result.image) for letter, result in zip("AB", results, strict=True)),
+    ]
+
+
+def _note(result: actions.Result, tokenizer, budget: actions.Budget) -> str:
+    if result.tokens is None:
+        return f"{result.model_name} has continuous latents: no tokens and no file size."
+    if budget.kind == "tokens" and not tokenizer.is_variable_length and result.tokens_per_tile != int(budget.amount):
+        return f"{result.model_name} always uses {result.tokens_per_tile} tokens."
+    if budget.kind == "tokens" and int(budget.amount) > tokenizer.max_tokens:
+        return f"{result.model_name} has {tokenizer.max_tokens} tokens at most."
+    return ""
+
+
+class CompareEvents:
+    """The tab's event handlers."""
+
+    def __init__(self, studio: Studio):
+        self.studio = studio
+
+    @speaks(NUM_OUTPUTS)
+    def run(self, session: Session, *controls):
+        """The picture of this tab with the controls as they are now."""
+        return self._run(session, session.compare_picture, *controls)
+
+    @speaks(NUM_OUTPUTS)
+    def take(self, session: Session, *controls):
+        """The picture of the Image tab."""
+        return self._run(session, session.picture, *controls, show_picture=True)
+
+    def upload(self, session: Session, path: str | None, *controls):
+        """A new picture; back to the one before if it cannot be read."""
+        with hold_back() as failed:
+            if path is not None:
+                return self._run(session, Path(path), *controls)
+        return [str(session.compare_picture) if failed else gr.skip(), *skips(NUM_OUTPUTS - 1)]
+
+    @speaks(NUM_OUTPUTS)
+    def sample(self, session: Session, event: gr.EventData, *controls):
+        """The sample that was clicked."""
+        return self._run(session, self.studio.samples[int(event.index)], *controls, show_picture=True)
+
+    def _run(self, session: Session, picture: Path, *controls, show_picture: bool = False) -> list:
+        results, notes = compare(self.studio, session, picture, *controls)
+        session.compare_picture = picture
+        return [
+            str(picture) if show_picture else gr.skip(),
+            *(gr.Image(image, label=label) for label, image in three_views(results)),
+            views.compare_table(results, notes), self.studio.title(),
+        ]  # fmt: skip
+
+    def stop(self, session: Session) -> None:
+        """End this page's comparison."""
+        if not session.stop("compare"):
+            gr.Info("Nothing is running.", duration=2)
