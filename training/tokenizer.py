@@ -49,7 +49,10 @@ class TokenizerTrainer:
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
-        self.accelerator = Accelerator(mixed_precision=recipe.run.mixed_precision)
+        try:
+            self.accelerator = Accelerator(mixed_precision=recipe.run.mixed_precision)
+        except ValueError as error:  # fp16 without a GPU, among others
+            raise InvalidRecipe(f"run.mixed_precision {recipe.run.mixed_precision!r}: {error}") from error
         if self.accelerator.distributed_type not in DATA_PARALLEL:
             kind = self.accelerator.distributed_type.value
             raise InvalidRecipe(f"accelerate is set to {kind}; tokenizers train in one process or with DDP")

@@ -43,7 +43,8 @@ class Tracker:
 
     def samples(self, step: int, real_B3HW: Tensor, fake_B3HW: Tensor) -> None:
         """Originals in the upper row, reconstructions below."""
-        grid = torch.cat([torch.cat(list(row), dim=-1) for row in (real_B3HW, fake_B3HW.clamp(0, 1))], dim=-2).cpu()
+        rows = [torch.cat(list(row.cpu()), dim=-1) for row in (real_B3HW, fake_B3HW.clamp(0, 1))]
+        grid = torch.cat(rows, dim=-2)
         self.writer.add_image("samples", grid, step)
         path = self.folder / "samples" / f"step_{step:08d}.png"
         path.parent.mkdir(exist_ok=True)

@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from mediatok.training import tokenizer
 from mediatok.training.discriminator import PatchDiscriminator
 from PIL import Image
@@ -14,6 +15,7 @@ from PIL import Image
 def _small_and_on_cpu(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr(tokenizer, "PatchDiscriminator", partial(PatchDiscriminator, 32, 1))
+    AcceleratorState._reset_state(reset_partial_state=True)  # it remembers the precision of the first run
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
