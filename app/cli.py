@@ -62,9 +62,7 @@ def train(
 
 @app.command()
 def studio(
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; others than this machine's need --auth.")
-    ] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on; other than local ones need --auth.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
     auth: Annotated[str | None, typer.Option(help="user:password that visitors must give.")] = None,
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Listen beyond this machine without a password.")] = False,

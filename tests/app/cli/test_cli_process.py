@@ -7,10 +7,10 @@ import sys
 import time
 
 import numpy as np
-import pytest
 from PIL import Image
 
 COMMAND = [sys.executable, "-m", "mediatok.app.cli"]
+START_SECONDS = 400  # importing torch and diffusers takes 5 seconds, and much longer on a crowded machine
 HEAVY = ("torch", "diffusers", "transformers", "gradio", "PIL", "numpy", "matplotlib", "tqdm")
 
 
@@ -20,43 +20,37 @@ def test_help_imports_nothing_heavy():
         "try: cli.main(['--help'])\n"
         f"except SystemExit: print('heavy:', [name for name in {HEAVY!r} if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert "heavy: []" in done.stdout
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interruption_leaves_whole_files_only(tmp_path, shipped, number):
-    folder = tmp_path / "photos"
+def test_interruption_leaves_whole_files_only(tmp_path, shipped):
+    folder, out = tmp_path / "photos", tmp_path / "out"
     folder.mkdir()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (700, 900, 3), dtype=np.uint8)).save(folder / "0.png")
     for index in range(1, 400):
         os.link(folder / "0.png", folder / f"{index}.png")
-    command = [
-        *COMMAND,
-        "reconstruct",
-        str(folder),
-        "--model",
-        str(shipped / "titok-tiny"),
-        "--tile",
-        "--batch-size",
-        "2",
-    ]
-    with subprocess.Popen([*command, "--out", str(tmp_path / "out")], stdout=-1, stderr=-1, text=True) as process:
-        deadline = time.monotonic() + 240
-        while not (tmp_path / "out").exists() or len(list((tmp_path / "out").iterdir())) < 3:
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+    options = ["--model", str(shipped / "titok-tiny"), "--tile", "--batch-size", "2", "--out", str(out)]
+    with subprocess.Popen([*COMMAND, "reconstruct", str(folder), *options], stdout=-1, stderr=-1, text=True) as process:
+        try:
+            deadline = time.monotonic() + START_SECONDS
+            while not out.exists() or len(list(out.iterdir())) < 3:
+                assert process.poll() is None, process.stderr.read()
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert errors.rstrip().endswith("interrupted")
     assert "Traceback" not in errors
-    names = [path.name for path in (tmp_path / "out").iterdir()]
+    names = [path.name for path in out.iterdir()]
     assert 3 <= len(names) < 400
     assert not any(name.startswith(".") for name in names)
     for name in names:
-        with Image.open(tmp_path / "out" / name) as picture:
+        with Image.open(out / name) as picture:
             picture.load()
 
 
@@ -64,6 +58,6 @@ def test_closed_pipe_is_no_error():
     with subprocess.Popen([*COMMAND, "models"], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         errors = process.stderr.read()
-        process.wait(timeout=60)
+        process.wait(timeout=120)
     assert process.returncode == 0
     assert errors == b""

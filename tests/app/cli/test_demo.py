@@ -1,0 +1,49 @@
+"""The self-check behind `make studio` and `make demo`."""
+
+import sys
+
+import mediatok as mt
+import pytest
+from mediatok.app import demo
+from mediatok.core import registry
+from PIL import Image
+
+
+@pytest.fixture
+def random_models(shipped, monkeypatch):
+    """Random models in the place of the shipped ones; what they give back is poor, and need not be better."""
+    monkeypatch.setattr(registry, "PRETRAINED", shipped)
+    monkeypatch.setattr(demo, "MIN_PSNR", 0.0)
+
+
+def test_table_and_results(random_models, tmp_path, capsys):
+    rows = demo.run(tmp_path / "demo")
+    samples = len(list(demo.SAMPLES.glob("*.png")))
+    # titok: every sample and one as tiles; one-d-piece: every sample at two lengths, and one as tiles
+    assert len(rows) == (samples + 1) + (2 * samples + 1)
+    table = capsys.readouterr().out
+    for words in ("tokens", "bytes", "PSNR", "seconds", "titok-tiny", "one-d-piece-tiny", "sunflower", "mean"):
+        assert words in table
+    files = {path.name for path in (tmp_path / "demo").iterdir()}
+    assert len(files) == 2 * len(rows) + 1
+    with Image.open(tmp_path / "demo/overview.png") as sheet:
+        assert sheet.width > 1000
+    tokens = mt.Tokens.load(tmp_path / "demo/landscape.titok-tiny.tiled.mtok")
+    assert (tokens.frames[0].width, tokens.frames[0].height) == (640, 400)
+
+
+def test_broken_models_fail_the_check(random_models, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "MIN_PSNR", 50.0)
+    monkeypatch.setattr(sys, "argv", ["demo"])
+    with pytest.raises(SystemExit) as stopped:
+        demo.main()
+    assert stopped.value.code == 2
+    assert "self-check failed" in capsys.readouterr().err
+
+
+def test_samples_are_small_and_attributed():
+    files = list(demo.SAMPLES.iterdir())
+    assert sum(path.stat().st_size for path in files) < 2**20
+    text = (demo.SAMPLES / "README.md").read_text()
+    assert "MIT" in text
+    assert all(path.stem in text for path in files if path.suffix == ".png")
