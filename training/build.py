@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import inspect
 
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+
 from ..core.errors import InvalidInput, InvalidRecipe, nearest_names
 from ..core.registry import constructor_arguments, find_entry, load, model_class
 from .aligned_start import align_latents
 from .recipe import ModelRecipe
+
+DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 def build_model(recipe: ModelRecipe, config: dict | None = None):
@@ -31,8 +36,24 @@ def build_model(recipe: ModelRecipe, config: dict | None = None):
     if recipe.stage == "2" and not model.config.has_pixel_decoder:
         if recipe.vqgan is None:
             raise InvalidRecipe("stage 2 of a stage-1 model needs model.vqgan (MaskGIT-VQGAN weights)")
-        model.add_pixel_decoder(load_vqgan(recipe))
+        model.add_pixel_decoder(load_vqgan(recipe).requires_grad_(True))  # its copy is trained
     return model
+
+
+def make_accelerator(mixed_precision: str) -> Accelerator:
+    """accelerate's view of the processes and devices at hand.
+
+    Raises:
+        InvalidRecipe: a precision that the device lacks, or a launch configuration other than data parallelism.
+    """
+    try:
+        accelerator = Accelerator(mixed_precision=mixed_precision)
+    except ValueError as error:  # fp16 without a GPU, among others
+        raise InvalidRecipe(f"run.mixed_precision {mixed_precision!r}: {error}") from error
+    if accelerator.distributed_type not in DATA_PARALLEL:
+        kind = accelerator.distributed_type.value
+        raise InvalidRecipe(f"accelerate is set to {kind}; tokenizers train in one process or with DDP")
+    return accelerator
 
 
 def load_vqgan(recipe: ModelRecipe):

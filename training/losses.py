@@ -67,7 +67,7 @@ class DiscriminatorLoss(nn.Module):
         """`factor` scales the hinge part (the recipe's `discriminator_factor` when None; 0 leaves LeCAM alone)."""
         recipe = self.recipe
         factor = recipe.discriminator_factor if factor is None else factor
-        real_logits, fake_logits = discriminator(real_B3HW), discriminator(fake_B3HW.detach())
+        real_logits, fake_logits = discriminator(torch.cat([real_B3HW, fake_B3HW.detach()])).chunk(2)
         hinge = 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
         real_mean, fake_mean = _mean_over_processes(real_logits.mean()), _mean_over_processes(fake_logits.mean())
         total, lecam = factor * hinge, torch.zeros_like(hinge)

@@ -14,15 +14,12 @@ import math
 import sys
 import time
 from contextlib import nullcontext
-from functools import partial
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import Tensor
 
 from ..core.errors import InvalidRecipe, MediatokError
-from .build import build_model, load_vqgan
+from .build import build_model, load_vqgan, make_accelerator
 from .checkpoint import (
     load_checkpoint,
     load_optimizer_tensors,
@@ -41,7 +38,6 @@ from .tracker import Tracker
 from .validate import code_usage, measure, reconstruct
 
 logger = logging.getLogger(__name__)
-DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
 class TokenizerTrainer:
@@ -49,13 +45,7 @@ class TokenizerTrainer:
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
-        try:
-            self.accelerator = Accelerator(mixed_precision=recipe.run.mixed_precision)
-        except ValueError as error:  # fp16 without a GPU, among others
-            raise InvalidRecipe(f"run.mixed_precision {recipe.run.mixed_precision!r}: {error}") from error
-        if self.accelerator.distributed_type not in DATA_PARALLEL:
-            kind = self.accelerator.distributed_type.value
-            raise InvalidRecipe(f"accelerate is set to {kind}; tokenizers train in one process or with DDP")
+        self.accelerator = make_accelerator(recipe.run.mixed_precision)
         self.device = self.accelerator.device
         torch.manual_seed(recipe.run.seed)
         checkpoints = whole_checkpoints(recipe.output / "checkpoints")
@@ -93,16 +83,15 @@ class TokenizerTrainer:
     def _build_optimizers(self) -> None:
         optimizer, loss = self.recipe.optimizer, self.recipe.loss
         no_decay = NO_DECAY_TITOK if self.recipe.model.class_name == "TiTok" else NO_DECAY
-        make = partial(
-            make_optimizer, betas=optimizer.betas, weight_decay=optimizer.weight_decay, no_decay=no_decay
-        )  # fmt: skip
+        settings = {"betas": optimizer.betas, "weight_decay": optimizer.weight_decay, "no_decay": no_decay}
         self.ema = WeightAverage(self.raw_model, optimizer.ema_decay)
         self.model, self.optimizer = self.accelerator.prepare(
-            self.raw_model, make(self.raw_model.named_parameters(), lr=optimizer.lr)
+            self.raw_model, make_optimizer(self.raw_model.named_parameters(), optimizer.lr, **settings)
         )
         if self.raw_discriminator is not None:
+            parameters = self.raw_discriminator.named_parameters()
             self.discriminator, self.discriminator_optimizer = self.accelerator.prepare(
-                self.raw_discriminator, make(self.raw_discriminator.named_parameters(), lr=loss.discriminator_lr)
+                self.raw_discriminator, make_optimizer(parameters, loss.discriminator_lr, **settings)
             )
 
     def _build_data(self) -> None:
