@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..core.errors import InvalidCheckpoint, ModelNotFound, nearest_names
 from ..core.registry import ENTRIES, ModelEntry, constructor_arguments, find_entry, model_class
+from ..core.strict import build
+from ..core.weights import WEIGHT_SUFFIXES, inside, read_config, read_state_dict
 from . import one_d_piece, titok
-from .build import build
-from .read import WEIGHT_SUFFIXES, inside, read_config, read_state_dict
 
 CONFIG_NAMES = ("config.json", "config.yaml", "config.yml")
 # Where releases keep their weights, best first: hub folders, training outputs (the EMA is what was released).

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..core.errors import InvalidCheckpoint
+from ..core.strict import build
 from ..tokenizers.image.one_d_piece import OneDPiece
-from .build import build
 from .titok import Config, StateDict, shared_arguments, unwrap, vq_model
 
 

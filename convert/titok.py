@@ -12,10 +12,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..core.errors import InvalidCheckpoint
+from ..core.strict import build
 from ..nn.vq import VectorQuantizer
 from ..tokenizers.image.maskgit_vqgan import MaskGitVQGAN
 from ..tokenizers.image.titok import SIZES, TiTok
-from .build import Fields, build
+from .fields import Fields
 
 Config = Mapping[str, Any]
 StateDict = Mapping[str, Tensor]

@@ -133,7 +133,7 @@ class ImageTokenizer(Tokenizer):
         pictures = []
         for start in range(0, len(sources), batch_size):
             chunk = [to_pixels(fit_square(read_image(s), self.image_size)) for s in sources[start : start + batch_size]]
-            latents = self.encode_latents(torch.stack(chunk).to(self.device, self.dtype))
+            latents = self.encode_latents(torch.stack(chunk).to(self.device))
             text_features = () if captions is None else (self.encode_text(captions[start : start + batch_size]),)
             pictures += self.decode_latents(latents, *text_features).clamp(0, 1).cpu().unbind()
             report(on_step, len(pictures), len(sources), pictures[-1])
@@ -143,14 +143,14 @@ class ImageTokenizer(Tokenizer):
     # Checks that the tensor level of every image tokenizer shares.
 
     def check_pixels(self, pixels_B3HW: Tensor) -> Tensor:
-        """Return `pixels_B3HW` in the model's dtype, or raise InvalidInput naming the shape it has and should have."""
+        """Return `pixels_B3HW`, or raise InvalidInput naming the shape it has and should have."""
         side = self.image_size
         if pixels_B3HW.ndim != 4 or pixels_B3HW.shape[1:] != (3, side, side) or not pixels_B3HW.is_floating_point():
             raise InvalidInput(
                 f"{self.name} reads float pixels [B, 3, {side}, {side}] in [0, 1], got {pixels_B3HW.dtype} "
                 f"{list(pixels_B3HW.shape)}; `encode` resizes pictures of any size"
             )
-        return pixels_B3HW.to(self.dtype)
+        return pixels_B3HW
 
     def check_num_tokens(self, num_tokens: int | None) -> None:
         """Refuse a token count that this tokenizer cannot give."""

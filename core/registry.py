@@ -202,22 +202,22 @@ def _load_path(path: Path, entry: ModelEntry | None = None):
 
 def _load_folder(folder: Path):
     """A folder in our layout: config.json with `_class_name`, and safetensors weights, which must fit it exactly."""
-    from ..convert.build import build
-    from ..convert.read import read_state_dict
+    from .strict import build
+    from .weights import inside, read_state_dict
 
     config = _read_config(folder)
     cls = model_class(str(config.get("_class_name")))
-    index = folder / f"{WEIGHTS}.index.json"
-    weights = read_state_dict(index if index.is_file() else folder / WEIGHTS)
+    index = f"{WEIGHTS}.index.json"
+    weights = read_state_dict(inside(folder, index if (folder / index).is_file() else WEIGHTS))
     model = build(cls, {key: value for key, value in config.items() if not key.startswith("_")}, weights)
     model.name = folder.resolve().name
     return model
 
 
 def _read_config(folder: Path) -> dict:
-    from ..convert.read import read_config
+    from .weights import inside, read_config
 
-    return read_config(folder / "config.json")
+    return read_config(inside(folder, "config.json"))
 
 
 def _looks_like_hub_id(name: str) -> bool:

@@ -29,8 +29,8 @@ MAX_NAME_BYTES = 24
 class ImageFrame:
     """What a picture was: its size in pixels, and the grid of its tiles.
 
-    rows, cols: 1 x 1 when the whole picture was resized to the tokenizer's size. Otherwise the ids are those of
-    rows * cols tiles, one tile after the other in row-major order, each with the same number of tokens.
+    rows, cols: 0 x 0 when the whole picture was resized and cropped to the tokenizer's square. Otherwise the ids are
+    those of rows * cols tiles, one tile after the other in row-major order, each with the same number of tokens.
     """
 
     width: int

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .layers import LayerNorm, Linear, widened
+
 
 class Attention(nn.Module):
     """Multi-head self-attention, batch first, with the packed q, k, v parameters of `torch.nn.MultiheadAttention`."""
@@ -23,19 +25,20 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
+        self.out_proj = Linear(width, width)
         nn.init.xavier_uniform_(self.in_proj_weight)
 
     def forward(self, x_BLW: Tensor, keep: slice | None = None, visible_BL: Tensor | None = None) -> Tensor:
         """Attend from the positions `keep` to the positions where `visible_BL` is True (all, when None)."""
         split = "b l (n h d) -> n b h l d"
+        weight, bias = widened(self.in_proj_weight, x_BLW), widened(self.in_proj_bias, x_BLW)
         if keep is None:
-            qkv = F.linear(x_BLW, self.in_proj_weight, self.in_proj_bias)
+            qkv = F.linear(x_BLW, weight, bias)
             q_BHLD, k_BHLD, v_BHLD = rearrange(qkv, split, n=3, h=self.num_heads)
         else:
             width = x_BLW.shape[-1]
-            q_weight, kv_weight = self.in_proj_weight.split([width, 2 * width])
-            q_bias, kv_bias = self.in_proj_bias.split([width, 2 * width])
+            q_weight, kv_weight = weight.split([width, 2 * width])
+            q_bias, kv_bias = bias.split([width, 2 * width])
             (q_BHLD,) = rearrange(F.linear(x_BLW[:, keep], q_weight, q_bias), split, n=1, h=self.num_heads)
             k_BHLD, v_BHLD = rearrange(F.linear(x_BLW, kv_weight, kv_bias), split, n=2, h=self.num_heads)
         mask = None if visible_BL is None else visible_BL[:, None, None, :]
@@ -48,11 +51,11 @@ class ResidualAttentionBlock(nn.Module):
 
     def __init__(self, width: int, num_heads: int):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(width)
+        self.ln_1 = LayerNorm(width)
         self.attn = Attention(width, num_heads)
-        self.ln_2 = nn.LayerNorm(width)
+        self.ln_2 = LayerNorm(width)
         self.mlp = nn.Sequential(
-            OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=nn.GELU(), c_proj=nn.Linear(4 * width, width))
+            OrderedDict(c_fc=Linear(width, 4 * width), gelu=nn.GELU(), c_proj=Linear(4 * width, width))
         )
 
     def forward(self, x_BLW: Tensor, keep: slice | None = None, visible_BL: Tensor | None = None) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ...core.errors import InvalidCheckpoint, InvalidInput
-from ..read import read_config, read_state_dict
+from ...core.weights import read_config, read_state_dict
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from ...core.base import TokenizerOutput
 from ...core.errors import InvalidInput
 from ...core.image_tokenizer import ImageTokenizer
 from ...kernels.precision import compute_dtype
+from ...nn.layers import Conv2d, widened
 from ...nn.vq import VectorQuantizer
 
 NUM_GROUPS = 32  # of every group norm
@@ -35,14 +36,6 @@ MIN_POSITIONS_TO_FOLD = 1024  # below, folding the weights costs more than it sa
 FOLD_3_TO_4 = [[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]]
 
 
-class Conv2d(nn.Conv2d):
-    """A convolution in the dtype of its input, whatever dtype its weights are stored in."""
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x_BCHW.dtype)
-        return self._conv_forward(x_BCHW, self.weight.to(x_BCHW.dtype), bias)
-
-
 class NormSiLU(nn.GroupNorm):
     """Group norm, then SiLU in place."""
 
@@ -50,7 +43,7 @@ class NormSiLU(nn.GroupNorm):
         super().__init__(NUM_GROUPS, channels, eps=1e-6)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        weight, bias = self.weight.to(x_BCHW.dtype), self.bias.to(x_BCHW.dtype)
+        weight, bias = widened(self.weight, x_BCHW), widened(self.bias, x_BCHW)
         return F.silu(F.group_norm(x_BCHW, NUM_GROUPS, weight, bias, self.eps), inplace=True)
 
 

@@ -29,7 +29,9 @@ from torch import Tensor, nn
 from ...core.base import TokenizerOutput
 from ...core.errors import InvalidInput
 from ...core.image_tokenizer import ImageTokenizer
+from ...kernels.precision import compute_dtype
 from ...nn.gaussian import DiagonalGaussian
+from ...nn.layers import Conv2d, LayerNorm, Linear, widened
 from ...nn.transformer import ResidualAttentionBlock
 from ...nn.vq import VectorQuantizer
 from .clip_text import ClipTextFeatures
@@ -49,17 +51,18 @@ class TiTokEncoder(nn.Module):
         width, depth, heads = size
         self.is_legacy = is_legacy
         self.gradient_checkpointing = False
-        self.patch_embed = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
+        self.patch_embed = Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
         self.class_embedding = nn.Parameter(torch.empty(1, width))
         self.positional_embedding = nn.Parameter(torch.empty(grid * grid + 1, width))
         self.latent_token_positional_embedding = nn.Parameter(torch.empty(num_latent_tokens, width))
-        self.ln_pre = nn.LayerNorm(width)
+        self.ln_pre = LayerNorm(width)
         self.transformer = nn.ModuleList(ResidualAttentionBlock(width, heads) for _ in range(depth))
-        self.ln_post = nn.LayerNorm(width)
-        self.conv_out = nn.Conv2d(width, out_channels, kernel_size=1)
+        self.ln_post = LayerNorm(width)
+        self.conv_out = Conv2d(width, out_channels, kernel_size=1)
 
     def forward(self, pixels_B3HW: Tensor, latent_tokens_ND: Tensor) -> Tensor:
         batch, num_latents = pixels_B3HW.shape[0], latent_tokens_ND.shape[0]
+        pixels_B3HW = to_compute(pixels_B3HW, self.latent_token_positional_embedding)
         patches_BPD = rearrange(self.patch_embed(pixels_B3HW), "b d h w -> b (h w) d") + self.positional_embedding[1:]
         class_1D = self.class_embedding + self.positional_embedding[:1]
         latents_ND = latent_tokens_ND + self.latent_token_positional_embedding
@@ -68,7 +71,7 @@ class TiTokEncoder(nn.Module):
         return self._project(self.ln_post(x_BND))
 
     def _project(self, h_BND: Tensor) -> Tensor:
-        weight_CD, bias_C = self.conv_out.weight.flatten(1), self.conv_out.bias
+        weight_CD, bias_C = widened(self.conv_out.weight, h_BND).flatten(1), widened(self.conv_out.bias, h_BND)
         if not self.is_legacy:
             return rearrange(F.linear(h_BND, weight_CD, bias_C), "b n c -> b c 1 n")
         # The released two-stage models read the (N, D) buffer as (D, N) without transposing, so that a code mixes
@@ -89,35 +92,36 @@ class TiTokDecoder(nn.Module):
         width, depth, heads = size
         self.grid, self.patch_size, self.is_legacy = grid, patch_size, is_legacy
         self.gradient_checkpointing = False
-        self.decoder_embed = nn.Linear(token_size, width)
+        self.decoder_embed = Linear(token_size, width)
         self.class_embedding = nn.Parameter(torch.empty(1, width))
         self.positional_embedding = nn.Parameter(torch.empty(grid * grid + 1, width))
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.latent_token_positional_embedding = nn.Parameter(torch.empty(num_latent_tokens, width))
         if text_embed_dim is not None:
-            self.text_guidance_proj = nn.Linear(text_embed_dim, width)
+            self.text_guidance_proj = Linear(text_embed_dim, width)
             self.text_guidance_positional_embedding = nn.Parameter(torch.empty(text_context_length, width))
-        self.ln_pre = nn.LayerNorm(width)
+        self.ln_pre = LayerNorm(width)
         self.transformer = nn.ModuleList(ResidualAttentionBlock(width, heads) for _ in range(depth))
-        self.ln_post = nn.LayerNorm(width)
+        self.ln_post = LayerNorm(width)
         if is_legacy:
-            self.ffn = nn.Sequential(
-                nn.Conv2d(width, 2 * width, 1), nn.Tanh(), nn.Conv2d(2 * width, NUM_PROXY_CODES, 1)
-            )
+            self.ffn = nn.Sequential(Conv2d(width, 2 * width, 1), nn.Tanh(), Conv2d(2 * width, NUM_PROXY_CODES, 1))
         else:
-            self.ffn = nn.Sequential(nn.Conv2d(width, 3 * patch_size**2, 1))
-            self.conv_out = nn.Conv2d(3, 3, 3, padding=1)
+            self.ffn = nn.Sequential(Conv2d(width, 3 * patch_size**2, 1))
+            self.conv_out = Conv2d(3, 3, 3, padding=1)
 
     def forward(self, z_BC1N: Tensor, text_BTE: Tensor | None = None, num_tokens_B: Tensor | None = None) -> Tensor:
         """`num_tokens_B` hides each row's codes from that count on: rows of unequal length in one batch, exactly."""
         batch, num_patches, num_codes = z_BC1N.shape[0], self.grid**2, z_BC1N.shape[-1]
+        z_BC1N = to_compute(z_BC1N, self.mask_token)
         codes_BND = self.decoder_embed(rearrange(z_BC1N, "b c 1 n -> b n c"))
         codes_BND = codes_BND + self.latent_token_positional_embedding[:num_codes]
         masks_PD = self.mask_token[0].expand(num_patches, -1)
         queries_LD = torch.cat([self.class_embedding, masks_PD]) + self.positional_embedding
         parts = [queries_LD.expand(batch, -1, -1), codes_BND]
         if text_BTE is not None:
-            parts.append(self.text_guidance_proj(text_BTE) + self.text_guidance_positional_embedding)
+            parts.append(
+                self.text_guidance_proj(to_compute(text_BTE, self.mask_token)) + self.text_guidance_positional_embedding
+            )
         x_BLD = self.ln_pre(torch.cat(parts, dim=1))
         visible_BL = None
         if num_tokens_B is not None:
@@ -140,6 +144,11 @@ def run_blocks(
         checkpointed = stack.gradient_checkpointing and torch.is_grad_enabled()
         x_BLD = stack._gradient_checkpointing_func(block, *args) if checkpointed else block(*args)
     return x_BLD
+
+
+def to_compute(x: Tensor, weight: Tensor) -> Tensor:
+    """`x` in the dtype to compute with weights stored as `weight` is."""
+    return x.to(compute_dtype(weight.dtype, weight.device))
 
 
 class TiTok(ImageTokenizer):
@@ -278,7 +287,7 @@ class TiTok(ImageTokenizer):
     def decode_proxy(self, ids_BN: Tensor, vqgan: MaskGitVQGAN) -> Tensor:
         """Stage 1: pixels of the most likely proxy codes, fp32 [B, 3, H, W], through the frozen VQGAN."""
         self.check_ids(ids_BN)
-        logits_BKGG = self.decoder(rearrange(self.quantize.lookup(ids_BN), "b n c -> b c 1 n").to(self.dtype))
+        logits_BKGG = self.decoder(rearrange(self.quantize.lookup(ids_BN), "b n c -> b c 1 n"))
         return vqgan.decode_ids(logits_BKGG.argmax(dim=1).flatten(1))
 
     def add_pixel_decoder(self, vqgan: MaskGitVQGAN) -> None:
@@ -305,8 +314,7 @@ class TiTok(ImageTokenizer):
             raise InvalidInput(f"{self.name} decodes with a caption; pass text= (for example 'A photo of a cat.')")
         if text_BTE is not None and not self.accepts_text:
             raise InvalidInput(f"{self.name} takes no text; only TA-TiTok models do")
-        text_BTE = None if text_BTE is None else text_BTE.to(self.decoder.mask_token.dtype)
-        out = self.decoder(z_BC1N.to(self.decoder.mask_token.dtype), text_BTE, lengths_B)
+        out = self.decoder(z_BC1N, text_BTE, lengths_B)
         if not self.config.has_pixel_decoder:
             return out
         # Stage 2: the expected proxy code of each patch, then the pixel decoder. No argmax, so it can be fine-tuned.

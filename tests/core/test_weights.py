@@ -9,8 +9,8 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from mediatok.convert.read import MAX_CONFIG_BYTES, inside, read_config, read_state_dict
 from mediatok.core.errors import InvalidCheckpoint, MediatokError, ModelNotFound
+from mediatok.core.weights import MAX_CONFIG_BYTES, inside, read_config, read_state_dict
 from safetensors.torch import save_file
 
 

@@ -19,7 +19,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..core.errors import InvalidCheckpoint, ModelNotFound
+from .errors import InvalidCheckpoint, ModelNotFound
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
