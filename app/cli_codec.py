@@ -209,7 +209,7 @@ def _num_pixels(picture) -> int:
 
 
 def _tiled_pixels(tokens) -> int:
-    return sum(frame.width * frame.height for frame in tokens.frames if frame.rows * frame.cols > 1)
+    return sum(frame.width * frame.height for frame in tokens.frames if frame.is_tiled)
 
 
 def _numbered(path: Path, count: int) -> list[Path]:

@@ -100,7 +100,6 @@ def describe_tokens(path: Path) -> dict[str, Any]:
     tokens = Tokens.load(path)
     lengths = tokens.lengths.tolist()
     frame = tokens.frames[0]
-    tiles = frame.rows * frame.cols
     return {
         "file": str(path),
         "tokenizer": tokens.tokenizer,
@@ -111,7 +110,7 @@ def describe_tokens(path: Path) -> dict[str, Any]:
         "vocab_size": tokens.vocab_size,
         "bits_per_token": tokens.bits_per_token,
         "bytes": path.stat().st_size,
-        "picture": f"{frame.width}x{frame.height}" + (f" in {frame.rows}x{frame.cols} tiles" if tiles > 1 else ""),
+        "picture": f"{frame.width}x{frame.height}" + (f" in {frame.rows}x{frame.cols} tiles" if frame.is_tiled else ""),
     }
 
 

@@ -40,7 +40,7 @@ class Row:
     @property
     def variant(self) -> str:
         """What tells this row's picture from the model's others of the same sample."""
-        return "tiled" if self.tokens.frames[0].num_tiles > 1 else f"{int(self.tokens.lengths[0])} tokens"
+        return "tiled" if self.tokens.frames[0].is_tiled else f"{int(self.tokens.lengths[0])} tokens"
 
 
 def check_tokenizer(tokenizer, samples: list[Path]) -> list[Row]:

@@ -1,7 +1,7 @@
 """Image metrics: PSNR and SSIM, and LPIPS, rFID and FD-Lite0 where the weights of their networks are at hand.
 
-Nothing is downloaded and nothing is unpickled: weights are files named by the caller, read with safetensors or with
-torch's `weights_only` loader, and their SHA-256 belongs to every figure made with them.
+Nothing is downloaded and no code in a file is run: weights are files named by the caller, read as plain tensors, and their
+SHA-256 belongs to every figure made with them.
 
 Shape suffixes: B pictures, 3 channels, H/W pixels, N samples, F features.
 """
@@ -20,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.errors import InvalidCheckpoint, InvalidInput, ModelNotFound
+from ..core.errors import InvalidCheckpoint, InvalidInput
+from ..core.weights import read_state_dict
 
 MAX_PSNR = 100.0  # stands for equal pictures in averages, where infinity would hide all others
 LITE0_SIZE = 224  # the network's own input side
@@ -139,22 +140,9 @@ def find_lite0_weights() -> Path | None:
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], str]:
     """A state dict from a `.safetensors` or torch file, and the file's SHA-256; only tensors are ever read."""
-    path = Path(path)
-    if not path.is_file():
-        raise ModelNotFound(f"weights {path} do not exist; give the path of a downloaded weights file")
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path), sha256
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # each reader raises its own kinds
-        raise InvalidCheckpoint(f"{path} could not be read as weights: {' '.join(str(error).split())[:200]}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InvalidCheckpoint(f"{path} is not a plain state dict of tensors")
-    return state, sha256
+    state = read_state_dict(path)
+    with Path(path).open("rb") as file:
+        return state, hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def frechet_distance(a_NF: np.ndarray, b_MF: np.ndarray) -> float:
