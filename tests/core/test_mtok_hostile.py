@@ -63,18 +63,18 @@ def test_10_000_mutated_files(make_tokens):
         data = mutate(rng.choice(originals), rng)
         if number % 4:  # most of them with a checksum that fits, so that the rest of the parser sees them
             data = with_crc(data[:-4])
-        start = time.perf_counter()
+        start = time.thread_time()  # work, not waiting: the machine may be busy
         try:
             tokens = mt.Tokens.from_bytes(data)
         except mt.MediatokError:
             tokens = None
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.thread_time() - start)
         if tokens is not None:
             accepted += 1
             assert tokens.to_bytes() == data  # only the one spelling is read
     assert accepted > 100  # the mutations do reach the end of the parser
     assert statistics.median(seconds) < 0.01
-    assert statistics.quantiles(seconds, n=1000)[-1] < 0.1
+    assert max(seconds) < 0.1
     assert peak_mib() - before < 64
 
 
