@@ -9,7 +9,7 @@ from measure import alternate, arguments, peak_mib, record, report_peaks
 from plain_titok import PlainTiTok
 
 NAME = "titok-s128"
-DTYPES = {"plain": "float32", "plain bfloat16": "bfloat16", "fp32": "float32", "bfloat16": "bfloat16"}
+DTYPES = {"plain": "float32", "fp32": "float32", "bfloat16": "bfloat16"}
 
 
 def build(way: str) -> torch.nn.Module:
@@ -17,9 +17,10 @@ def build(way: str) -> torch.nn.Module:
     model = mt.create(NAME, seed=0, dtype=DTYPES[way])
     if not way.startswith("plain"):
         return model
-    plain = PlainTiTok(model.config).to(getattr(torch, DTYPES[way]))
-    plain.load_state_dict(model.state_dict())
-    return plain.eval()
+    with torch.device("meta"):
+        plain = PlainTiTok(model.config)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    return plain.to(getattr(torch, DTYPES[way])).eval()
 
 
 def inputs(model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
