@@ -9,7 +9,7 @@ from accelerate.utils import DistributedType
 
 from ..core.errors import InvalidInput, InvalidRecipe, nearest_names
 from ..core.registry import constructor_arguments, find_entry, load, model_class
-from .aligned_start import align_latents
+from .aligned_start import align_latents, reorder_coarse_to_fine
 from .recipe import ModelRecipe
 
 DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -28,9 +28,14 @@ def build_model(recipe: ModelRecipe, config: dict | None = None):
         if recipe.aligned_start:
             align_latents(model)
         return model
-    if recipe.config or recipe.like:
-        raise InvalidRecipe("model.init_from brings its own sizes; leave out model.config and model.like")
+    if recipe.like or set(recipe.config) - {"clustering"}:
+        raise InvalidRecipe("model.init_from brings its own sizes; leave out model.like and model.config")
     model = load(str(recipe.init_from))
+    # A finished model has dead-code revival off; the recipe can switch it on again.
+    if recipe.class_name == "OneDPiece" and type(model).__name__ == "TiTok":
+        piece = _construct("OneDPiece", _config_of(model) | recipe.config)
+        reorder_coarse_to_fine(model, piece)
+        return piece
     if type(model).__name__ != recipe.class_name:
         raise InvalidRecipe(f"model.init_from holds a {type(model).__name__}, model.class_name is {recipe.class_name}")
     if recipe.stage == "2" and not model.config.has_pixel_decoder:
@@ -54,6 +59,10 @@ def make_accelerator(mixed_precision: str) -> Accelerator:
         kind = accelerator.distributed_type.value
         raise InvalidRecipe(f"accelerate is set to {kind}; tokenizers train in one process or with DDP")
     return accelerator
+
+
+def _config_of(model) -> dict:
+    return {key: value for key, value in dict(model.config).items() if not key.startswith("_")}
 
 
 def load_vqgan(recipe: ModelRecipe):

@@ -30,7 +30,8 @@ class ModelRecipe(Section):
 
     stage: "single", or "1" (predict proxy codes) and "2" (fine-tune the decoders) of two-stage models.
     config: arguments of the class, over those of `like`. like: a name from `mediatok models` whose sizes are taken.
-    init_from: folder in our layout whose weights the run starts from; stage 2 needs the stage-1 model here.
+    init_from: folder in our layout whose weights the run starts from; stage 2 needs the stage-1 model here, and a
+    single-stage OneDPiece may start from an aligned TiTok.
     vqgan: MaskGIT-VQGAN weights (a released file or a folder of ours); stage 1 takes its targets from it, stage 2
     starts its pixel decoder from it.
     aligned_start: start single-stage models with every latent looking at its own place; worth it on small data sets.
