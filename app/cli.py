@@ -92,16 +92,17 @@ def main(arguments: list[str] | None = None) -> None:
         code = app(args=arguments or ["--help"], prog_name="mediatok", standalone_mode=False)
         sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted", file=sys.stderr)
         code = 130
-    except BrokenPipeError:  # `mediatok models | head`
+    except BrokenPipeError:  # `mediatok models | head`; typer ends the same way when a command meets it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+        code = 1
     except Exception as error:
         if DEBUG_VARIABLE in os.environ:
             raise
         message, code = describe(error)
         print(f"error: {message}", file=sys.stderr)
+    if code == 130:  # typer turns Ctrl-C within a command into this code
+        print("interrupted", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -1,7 +1,7 @@
 """Image metrics: PSNR and SSIM, and LPIPS, rFID and FD-Lite0 where the weights of their networks are at hand.
 
-Nothing is downloaded and no code in a file is run: weights are files named by the caller, read as plain tensors, and their
-SHA-256 belongs to every figure made with them.
+Nothing is downloaded and no code in a file is run: weights are files named by the caller, read as plain tensors, and
+their SHA-256 belongs to every figure made with them.
 
 Shape suffixes: B pictures, 3 channels, H/W pixels, N samples, F features.
 """
