@@ -42,7 +42,7 @@ def draw_curves(runs: list[Path], out: Path) -> Path:
     figure, axes = pyplot.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
     for axis, (title, (prefix, scale)) in zip(axes.flat, PANELS.items(), strict=True):
         for colour, (run_name, lines) in enumerate(logs.items()):
-            names = sorted({name for line in lines for name in line if name.startswith(prefix)}, key=len)
+            names = sorted({name for line in lines for name in line if name.startswith(prefix)}, key=_by_number)
             for rank, name in enumerate(names):
                 points = [(line["step"], line[name]) for line in lines if name in line]
                 label = run_name + name.removeprefix(prefix).replace("_", " ")
@@ -58,6 +58,11 @@ def draw_curves(runs: list[Path], out: Path) -> Path:
         figure.savefig(staged, dpi=100, format=out.suffix.lstrip(".") or "png")
     pyplot.close(figure)
     return out
+
+
+def _by_number(name: str) -> tuple[int, str]:
+    """Sort key: val_psnr, val_psnr_16_tokens, val_psnr_128_tokens."""
+    return len(name), name
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -189,7 +189,7 @@ def test_two_processes_equal_one_with_twice_the_batch(recipe_values, tmp_path, m
     """With the discriminator, LeCAM, tail drop, accumulation and dead-code revival at once."""
     monkeypatch.setattr(tokenizer, "PatchDiscriminator", PatchDiscriminator)  # the child processes have the real one
     values = merged(merged(recipe_values, VARIANTS["adversarial"]), VARIANTS["tail drop"])
-    values = merged(values, {"run": {"steps": 10}})
+    values = merged(values, {"run": {"steps": 10}, "loss": {"discriminator_start": 8}})
     run(merged(values, {"run": {"batch_size": 8}}), tmp_path / "one")
     recipe_file = tmp_path / "recipe.yaml"
     recipe_file.write_text(yaml.safe_dump(values))
