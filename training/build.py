@@ -31,13 +31,16 @@ def build_model(recipe: ModelRecipe, config: dict | None = None):
     if recipe.like or set(recipe.config) - {"clustering"}:
         raise InvalidRecipe("model.init_from brings its own sizes; leave out model.like and model.config")
     model = load(str(recipe.init_from))
-    # A finished model has dead-code revival off; the recipe can switch it on again.
-    if recipe.class_name == "OneDPiece" and type(model).__name__ == "TiTok":
+    source_class = type(model).__name__
+    if source_class == "TiTok" and recipe.class_name == "OneDPiece":
         piece = _construct("OneDPiece", _config_of(model) | recipe.config)
         reorder_coarse_to_fine(model, piece)
         return piece
-    if type(model).__name__ != recipe.class_name:
-        raise InvalidRecipe(f"model.init_from holds a {type(model).__name__}, model.class_name is {recipe.class_name}")
+    if source_class != recipe.class_name:
+        raise InvalidRecipe(f"model.init_from holds a {source_class}, model.class_name is {recipe.class_name}")
+    if recipe.config:  # a finished model has dead-code revival off; the recipe can switch it on again
+        weights, model = model.state_dict(), _construct(source_class, _config_of(model) | recipe.config)
+        model.load_state_dict(weights, strict=False)  # the running code usage starts anew
     if recipe.stage == "2" and not model.config.has_pixel_decoder:
         if recipe.vqgan is None:
             raise InvalidRecipe("stage 2 of a stage-1 model needs model.vqgan (MaskGIT-VQGAN weights)")
