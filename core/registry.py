@@ -78,8 +78,8 @@ def _titok(name: str, parameters: int, rfid: str) -> ModelEntry:
 ENTRIES = {
     entry.name: entry
     for entry in (
-        ModelEntry("titok-tiny", "TiTok", "Apache-2.0", 1_730_720, "64 px, trained on fluent-emoji"),
-        ModelEntry("one-d-piece-tiny", "OneDPiece", "Apache-2.0", 1_730_720, "64 px, any length, trained on fluent-emoji"),
+        ModelEntry("titok-tiny", "TiTok", "Apache-2.0", 1_730_720, "64 px, 64 tokens; for trying things out"),
+        ModelEntry("one-d-piece-tiny", "OneDPiece", "Apache-2.0", 1_730_720, "64 px, 1 to 64 tokens; for trying out"),
         _titok("titok-l32", 641_054_735, "2.21"),
         _titok("titok-b64", 204_814_095, "1.70"),
         _titok("titok-s128", 83_674_639, "1.71"),

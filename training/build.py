@@ -21,6 +21,13 @@ def build_model(recipe: ModelRecipe, config: dict | None = None):
     Raises:
         InvalidRecipe: names, sizes or flags that do not fit together.
     """
+    model = _build(recipe, config)
+    if recipe.class_name == "OneDPiece":
+        model.full_length_share = recipe.full_length_share
+    return model
+
+
+def _build(recipe: ModelRecipe, config: dict | None):
     if config is not None:
         return _construct(recipe.class_name, config)
     if recipe.init_from is None:

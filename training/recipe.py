@@ -35,6 +35,8 @@ class ModelRecipe(Section):
     vqgan: MaskGIT-VQGAN weights (a released file or a folder of ours); stage 1 takes its targets from it, stage 2
     starts its pixel decoder from it.
     aligned_start: start single-stage models with every latent looking at its own place; worth it on small data sets.
+    full_length_share: share of One-D-Piece's training batches that drop no tail. The paper has none; a small model
+    gains at full length what it loses at short lengths.
     """
 
     class_name: Literal["TiTok", "OneDPiece"] = "TiTok"
@@ -44,6 +46,7 @@ class ModelRecipe(Section):
     init_from: Path | None = None
     vqgan: Path | None = None
     aligned_start: bool = False
+    full_length_share: Fraction = 0.0
     gradient_checkpointing: bool = False
 
     @model_validator(mode="after")

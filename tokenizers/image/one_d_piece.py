@@ -20,6 +20,7 @@ class OneDPiece(TiTok):
     """Variable-length image tokenizer: a `TiTok` whose first k tokens decode, for every k. Arguments as `TiTok`'s."""
 
     is_variable_length = True
+    full_length_share = 0.0  # of training batches that drop nothing; 0 in the paper
 
     def forward(
         self, pixels_B3HW: Tensor, num_tokens: int | None = None, generator: torch.Generator | None = None
@@ -37,7 +38,9 @@ class OneDPiece(TiTok):
         return TokenizerOutput(decoded, ids_BL=vq.ids_BHW[:, 0], vq=vq, num_tokens=z_BC1N.shape[-1])
 
     def draw_num_tokens(self, generator: torch.Generator | None = None) -> int:
-        """How many tokens Tail Token Drop keeps: uniform on 1..N."""
+        """How many tokens Tail Token Drop keeps: uniform on 1..N, but for the `full_length_share`."""
+        if self.full_length_share and float(torch.rand(1, generator=generator)) < self.full_length_share:
+            return self.max_tokens
         return int(torch.randint(1, self.max_tokens + 1, (1,), generator=generator))
 
 
