@@ -35,7 +35,7 @@ def test_interruption_leaves_whole_files_only(tmp_path, shipped):
     with subprocess.Popen([*COMMAND, "reconstruct", str(folder), *options], stdout=-1, stderr=-1, text=True) as process:
         try:
             deadline = time.monotonic() + START_SECONDS
-            while not out.exists() or len(list(out.iterdir())) < 3:
+            while not out.exists() or len(list(out.glob("[!.]*"))) < 3:
                 assert process.poll() is None, process.stderr.read()
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
