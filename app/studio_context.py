@@ -106,7 +106,9 @@ def sentence(error: Exception) -> str:
     # An upload's place on the server is nobody's business; its name says enough.
     served = os.environ.get("GRADIO_TEMP_DIR")
     text = re.sub(rf"{re.escape(served)}/\S*/", "", text) if served else text
-    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
+    if text.split(" ", 1)[0].rstrip(",:;").isalpha():  # no file name, option or number
+        text = text[:1].upper() + text[1:]
+    return text + ("" if text.endswith((".", "!", "?")) else ".")
 
 
 def report_bug() -> str:
