@@ -26,10 +26,9 @@ from torch.utils.data import DataLoader, Dataset
 from ..core.errors import InvalidInput, MediatokError
 from ..core.images import fit_square, list_images, read_image
 from .recipe import DataRecipe
-from .shards import ShardSet, expand_shards
+from .shards import MAX_CAPTION_BYTES, ShardSet, expand_shards
 
 logger = logging.getLogger(__name__)
-MAX_CAPTION_BYTES = 64 * 1024
 MAX_BROKEN_IN_A_ROW = 20
 
 
@@ -200,6 +199,11 @@ def validation_pictures(source: PictureSource, image_size: int, limit: int) -> t
         square = torch.from_numpy(np.array(fit_square(image, image_size)))
         items.append((square.permute(2, 0, 1).contiguous(), caption))
     return _collate(items)
+
+
+def derived_seed(*parts: int) -> int:
+    """A well-mixed seed of 63 bits that depends on nothing but `parts` (non-negative)."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def to_float(pixels: Tensor) -> Tensor:

@@ -121,7 +121,7 @@ class RunRecipe(Section):
     batch_size: Positive = 32
     gradient_accumulation: Positive = 1
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    seed: int = 0
+    seed: Count = 0
     log_every: Positive = 50
     sample_every: Count = 1000
     validate_every: Count = 1000

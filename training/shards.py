@@ -48,12 +48,13 @@ class ShardSet:
 
     def __init__(self, paths: list[Path], keep: Callable[[str], bool] | None = None):
         self.paths = paths
-        rows = []
+        parts = []
         for number, path in enumerate(paths):
-            rows += [(number, *member) for member in index_shard(path, keep)]
-        if not rows:
+            members = [(number, *member) for member in index_shard(path, keep)]
+            parts.append(np.asarray(members, dtype=np.int64).reshape(-1, 5))
+        self._rows = np.concatenate(parts)  # shard, offset, bytes, caption offset, caption bytes
+        if not len(self._rows):
             raise InvalidInput(f"{paths[0]} and {len(paths) - 1} more shards hold no pictures")
-        self._rows = np.asarray(rows, dtype=np.int64)  # shard, offset, bytes, caption offset, caption bytes
 
     def __len__(self) -> int:
         return len(self._rows)

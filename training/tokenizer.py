@@ -27,7 +27,7 @@ from .checkpoint import (
     save_checkpoint,
     whole_checkpoints,
 )
-from .data import TrainingPictures, open_source, to_float, training_batches, validation_pictures
+from .data import TrainingPictures, derived_seed, open_source, to_float, training_batches, validation_pictures
 from .discriminator import PatchDiscriminator
 from .export import export_model
 from .losses import DiscriminatorLoss, GeneratorLoss, proxy_code_loss
@@ -121,7 +121,7 @@ class TokenizerTrainer:
         started, started_at = time.perf_counter(), self.step
         while self.step < run.steps:
             # What a step draws depends on nothing before it, so there is no generator state to save.
-            torch.manual_seed(hash((run.seed, self.step, self.accelerator.process_index)))
+            torch.manual_seed(derived_seed(run.seed, self.step, self.accelerator.process_index))
             metrics, ids_BL = self._train_step(batches)
             self.step += 1
             if _is_due(self.step, run.log_every, run.steps):
@@ -185,8 +185,10 @@ class TokenizerTrainer:
         return metrics, torch.cat(ids) if ids else None
 
     def _forward(self, pixels_B3HW: Tensor, captions: list[str], micro: int):
-        # The same draws (tail drop, noise) in every process: the batch is one batch, spread over processes.
-        generator = torch.Generator().manual_seed(hash((self.recipe.run.seed, self.step, micro, 1)) % 2**63)
+        # Tail drop is one draw for the batch, which the processes share; noise of a VAE is one per picture.
+        process = self.accelerator.process_index if self.raw_model.is_continuous else 0
+        seed = derived_seed(self.recipe.run.seed, self.step, process, micro)
+        generator = torch.Generator().manual_seed(seed)
         if self.raw_model.accepts_text:
             return self.model(pixels_B3HW, text_BTE=self.raw_model.encode_text(captions), generator=generator)
         return self.model(pixels_B3HW, generator=generator)

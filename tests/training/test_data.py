@@ -11,6 +11,7 @@ from mediatok.training.data import (
     ImageFolder,
     TrainingPictures,
     batch_positions,
+    derived_seed,
     is_held_out,
     open_source,
     training_batches,
@@ -59,6 +60,13 @@ def test_workers_and_memory_change_nothing(pictures, in_memory):
     plain = first_batches(training_pictures(pictures, min_scale=0.6), 5, 0, 4)
     other = first_batches(training_pictures(pictures, min_scale=0.6, in_memory=in_memory, num_workers=2), 5, 0, 4)
     assert all(torch.equal(one, two) for one, two in zip(plain, other, strict=True))
+
+
+def test_derived_seeds():
+    seeds = {derived_seed(*parts) for parts in ((0, 1), (1, 0), (0, 0, 1), (0,), (7, 2**40))}
+    assert len(seeds) == 5
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert derived_seed(3, 4) == derived_seed(3, 4)
 
 
 def test_positions():

@@ -119,8 +119,8 @@ def launch(recipe_file, *overrides, processes=1):
 
 
 def test_killed_runs_continue_exactly(recipe_values, tmp_path):
-    values = merged(recipe_values, {"run": {"steps": 40, "checkpoint_every": 1, "keep_checkpoints": 2}})
-    whole = run(values, tmp_path / "whole")
+    values = merged(recipe_values, {"run": {"steps": 24, "checkpoint_every": 1, "keep_checkpoints": 2}})
+    whole = run(merged(values, {"run": {"checkpoint_every": 24}}), tmp_path / "whole")
     recipe_file = tmp_path / "recipe.yaml"
     recipe_file.write_text(yaml.safe_dump(values))
     folder, rng, kills = tmp_path / "killed" / "checkpoints", random.Random(0), 0
@@ -130,7 +130,7 @@ def test_killed_runs_continue_exactly(recipe_values, tmp_path):
             before = newest(folder)
             while newest(folder) <= before and process.poll() is None:
                 time.sleep(0.005)
-            time.sleep(rng.uniform(0, 0.3))
+            time.sleep(rng.uniform(0, 0.2))
             process.send_signal(signal.SIGKILL)
             process.communicate()
             kills += 1
