@@ -87,7 +87,7 @@ def test_info_of_tokens_and_models(run, photos, shipped):
     assert named["a.mtok"]["picture"] == "60x40"
     assert named["a.mtok"]["fingerprint"] == named["titok-tiny"]["fingerprint"]
     assert named["titok-tiny"]["class"] == "TiTok"
-    assert named["titok-s128"]["status"] == "needs download"
+    assert named["titok-s128"]["config"]["num_latent_tokens"] == 128
     assert "fingerprint" in run("info", "a.mtok").out
 
 

@@ -41,6 +41,20 @@ def test_broken_models_fail_the_check(random_models, monkeypatch, capsys):
     assert "self-check failed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["titok-tiny", "one-d-piece-tiny"])
+def test_shipped_models_give_the_samples_back(name):
+    tokenizer = registry.load(name)
+    emoji = [path for path in sorted(demo.SAMPLES.glob("*.png")) if path.stem != demo.TILED_SAMPLE]
+    rows = demo.check_tokenizer(tokenizer, emoji)
+    by_length = {}
+    for row in rows:
+        by_length.setdefault(int(row.tokens.lengths[0]), []).append(row.psnr)
+    means = [sum(values) / len(values) for _, values in sorted(by_length.items())]
+    assert means[-1] >= 20
+    assert means == sorted(means)
+    assert len(means) == (2 if tokenizer.is_variable_length else 1)
+
+
 def test_samples_are_small_and_attributed():
     files = list(demo.SAMPLES.iterdir())
     assert sum(path.stat().st_size for path in files) < 2**20
