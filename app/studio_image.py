@@ -116,16 +116,19 @@ class ImageEvents:
 
     def encode_upload(self, session: Session, path: str | None, *controls):
         """A new picture. If it cannot be read, the input goes back to the one before."""
+        if path is None:
+            return skips(NUM_RESULT_OUTPUTS + 1)
+        session.pictures["image"] = Path(path)  # at once: a control that moves meanwhile means this picture
         with hold_back() as failed:
-            if path is not None:
-                return [gr.skip(), *self._encode(session, Path(path), *controls)]
-        return [str(session.picture) if failed else gr.skip(), *skips(NUM_RESULT_OUTPUTS)]
+            return [gr.skip(), *self._encode(session, Path(path), *controls)]
+        return [str(session.revert("image")) if failed else gr.skip(), *skips(NUM_RESULT_OUTPUTS)]
 
-    @speaks(NUM_RESULT_OUTPUTS + 1)
     def encode_sample(self, session: Session, event: gr.EventData, *controls):
         """The sample that was clicked."""
-        picture = self.studio.samples[int(event.index)]
-        return [str(picture), *self._encode(session, picture, *controls)]
+        picture = session.pictures["image"] = self.studio.samples[int(event.index)]
+        with hold_back():
+            return [str(picture), *self._encode(session, picture, *controls)]
+        return [str(picture), *skips(NUM_RESULT_OUTPUTS)]
 
     def _encode(self, session: Session, picture: Path, model, kind, count, quality, size, tile, caption) -> list:
         job = session.start("image")
@@ -135,7 +138,7 @@ class ImageEvents:
             result = actions.encode_picture(
                 tokenizer, model, picture, picture.name, budget, job, tile=tile, caption=caption
             )
-        session.picture = picture
+        session.accept("image", picture)
         return self._show(session, job, result)
 
     def _show(self, session: Session, job, result: actions.Result, position: int = 0) -> list:

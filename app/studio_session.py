@@ -23,7 +23,8 @@ class Session:
         self._lock = threading.Lock()
         self._folder: Path | None = None
         self._jobs: dict[tuple[str, str], Job] = {}
-        self.picture = self.compare_picture = picture  # of each tab: the last picture that could be read
+        self.pictures = {"image": picture, "compare": picture}  # what each tab works on
+        self._sound = dict(self.pictures)  # of each tab: the last picture that could be read
         self.result = first_result  # what the Image tab shows (studio_actions.Result); replaced whole, never changed
         self.position = 0  # of the chosen token
         self.curves: tuple | None = first_curves  # (what they were measured on, curves by name)
@@ -38,6 +39,20 @@ class Session:
             if self._folder is None:
                 self._folder = Path(tempfile.mkdtemp(prefix="session-", dir=self._root))
             return self._folder
+
+    @property
+    def picture(self) -> Path:
+        """The Image tab's picture."""
+        return self.pictures["image"]
+
+    def accept(self, tab: str, picture: Path) -> None:
+        """The picture could be read; it is what the tab goes back to."""
+        self._sound[tab] = picture
+
+    def revert(self, tab: str) -> Path:
+        """Back to the last picture of the tab that could be read; returns it."""
+        self.pictures[tab] = self._sound[tab]
+        return self._sound[tab]
 
     def start(self, tab: str, part: str = "main") -> Job:
         """Begin a job in a tab. What runs there for the same part is out of date and stops; with "main", all parts."""

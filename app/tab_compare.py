@@ -139,7 +139,7 @@ class CompareEvents:
     @speaks(NUM_OUTPUTS)
     def run(self, session: Session, *controls):
         """The picture of this tab with the controls as they are now."""
-        return self._run(session, session.compare_picture, *controls)
+        return self._run(session, session.pictures["compare"], *controls)
 
     @speaks(NUM_OUTPUTS)
     def take(self, session: Session, *controls):
@@ -148,10 +148,12 @@ class CompareEvents:
 
     def upload(self, session: Session, path: str | None, *controls):
         """A new picture; back to the one before if it cannot be read."""
+        if path is None:
+            return skips(NUM_OUTPUTS)
+        session.pictures["compare"] = Path(path)  # at once: a control that moves meanwhile means this picture
         with hold_back() as failed:
-            if path is not None:
-                return self._run(session, Path(path), *controls)
-        return [str(session.compare_picture) if failed else gr.skip(), *skips(NUM_OUTPUTS - 1)]
+            return self._run(session, Path(path), *controls)
+        return [str(session.revert("compare")) if failed else gr.skip(), *skips(NUM_OUTPUTS - 1)]
 
     @speaks(NUM_OUTPUTS)
     def sample(self, session: Session, event: gr.EventData, *controls):
@@ -159,8 +161,9 @@ class CompareEvents:
         return self._run(session, self.studio.samples[int(event.index)], *controls, show_picture=True)
 
     def _run(self, session: Session, picture: Path, *controls, show_picture: bool = False) -> list:
+        session.pictures["compare"] = picture
         results, notes = compare(self.studio, session, picture, *controls)
-        session.compare_picture = picture
+        session.accept("compare", picture)
         return [
             str(picture) if show_picture else gr.skip(),
             *(gr.Image(image, label=label) for label, image in three_views(results)),

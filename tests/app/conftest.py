@@ -31,8 +31,8 @@ def save_random_models(folder: Path) -> None:
         patch = image_size // 4
         model = cls(
             image_size=image_size, encoder_patch_size=patch, decoder_patch_size=patch, num_latent_tokens=num_tokens,
-            token_size=8, codebook_size=1024, is_legacy=False, has_pixel_decoder=False, encoder_width=64, encoder_depth=2,
-            encoder_heads=2, decoder_width=64, decoder_depth=2, decoder_heads=2,
+            token_size=8, codebook_size=1024, is_legacy=False, has_pixel_decoder=False, encoder_width=64,
+            encoder_depth=2, encoder_heads=2, decoder_width=64, decoder_depth=2, decoder_heads=2,
         )  # fmt: skip
         with torch.no_grad():
             model.decoder.ffn[0].weight.mul_(6)

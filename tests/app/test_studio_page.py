@@ -102,7 +102,7 @@ def test_upload_download_and_back(user, other_user, tmp_path):
 def test_tiles_keep_size_and_shape(user):
     user.use_flexible_model()
     before = user.picture()
-    user.upload(photo((150, 100), seed=1))
+    user.upload(photo((150, 100), seed=1), "wide.png")
     user.wait_for_other(before)
     user.page.locator("#image-tile input").check()
     user.page.locator("#image-numbers").get_by_text("150 × 100 px").wait_for()

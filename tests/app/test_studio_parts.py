@@ -139,6 +139,16 @@ def test_sessions_are_apart_and_leave_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [two.folder.name]
 
 
+def test_session_goes_back_to_a_sound_picture(tmp_path):
+    session = Session(tmp_path, tmp_path / "sample.png")
+    for name in ("bad", "worse"):  # two bad ones, the second before the first is known to be bad
+        session.pictures["image"] = tmp_path / name
+    assert [session.revert("image"), session.revert("image")] == [tmp_path / "sample.png"] * 2
+    assert session.picture == tmp_path / "sample.png"
+    session.accept("image", tmp_path / "good.png")
+    assert session.revert("image") == tmp_path / "good.png"
+
+
 def test_new_result_stops_what_looked_at_the_old_one(tmp_path):
     session = Session(tmp_path, tmp_path / "sample.png")
     effect, other_tab = session.start("image", "effect"), session.start("compare")
