@@ -171,16 +171,16 @@ class User:
         return self.page.locator("[data-testid=toast-body]")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def user(browser, studio_url):
-    """One user, for all tests: loading the page is what takes longest."""
+    """One user, for all tests of a file: loading the page is what takes longest."""
     user = User(browser, studio_url)
     yield user
     user.context.close()
     assert not user.errors
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def other_user(browser, studio_url):
     user = User(browser, studio_url)
     yield user
