@@ -7,6 +7,7 @@ from urllib.parse import unquote
 # Gradio can stream a remote URL through its file route. The studio shows local files only.
 REMOTE_SCHEMES = ("http:", "https:", "ftp:", "file:", "data:", "//", "\\\\")
 MULTIPART_OVERHEAD = 16 * 1024  # boundary, headers and form fields around one file
+DRAINED_UPLOADS = 4  # how many times the limit is read and thrown away before the connection is cut
 
 HEADERS = [
     (b"x-content-type-options", b"nosniff"),
@@ -39,6 +40,7 @@ class Guard:
         if scope["method"] == "POST" and path.rstrip("/").endswith("/upload"):
             upload = _Upload(scope, receive, self.max_upload_bytes)
             if upload.declared_bytes > upload.max_bytes:
+                await _drain(receive, DRAINED_UPLOADS * upload.max_bytes)
                 await _refuse(send, 413, upload.too_large)
                 return
             await self.app(scope, upload.receive, _with_headers(send, upload))
@@ -107,6 +109,15 @@ def _with_headers(send, upload: _Upload | None = None):
         await send(message)
 
     return wrapped
+
+
+async def _drain(receive, limit_bytes: int) -> None:
+    """Throw away a body that is refused anyway: a client that is cut off while it sends never reads the answer."""
+    num_bytes, more = 0, True
+    while more and num_bytes <= limit_bytes:
+        message = await receive()
+        num_bytes += len(message.get("body", b""))
+        more = message.get("more_body", False)
 
 
 async def _refuse(send, status: int, text: str) -> None:

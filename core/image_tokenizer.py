@@ -6,7 +6,8 @@ Shape suffixes: B batch, 3/H/W image of side `image_size`, L tokens, R rows (til
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from PIL import Image
@@ -75,7 +76,10 @@ class ImageTokenizer(Tokenizer):
                 report(on_step, start, len(sources))
             ids_RL = torch.cat(ids)
             longest = [self._longest(frame, num_tokens, max_bytes) for frame in chunk_frames]
-            lengths = self._shortest_reaching(target_psnr, longest, pixels_R3SS, ids_RL, batch_size)
+            lengths = longest
+            if target_psnr is not None:
+                beat = partial(report, on_step, start, len(sources))  # so that a long search can be cancelled
+                lengths = self._shortest_reaching(target_psnr, longest, pixels_R3SS, ids_RL, batch_size, beat)
             for rows, length in zip(ids_RL.chunk(len(chunk_frames)), lengths, strict=True):
                 rows_ids.append(rows[:, :length].reshape(-1))
             frames += chunk_frames
@@ -221,11 +225,15 @@ class ImageTokenizer(Tokenizer):
         return lengths[fitting - 1]
 
     def _shortest_reaching(
-        self, target_psnr: float | None, longest: list[int], pixels_R3SS: Tensor, ids_RL: Tensor, batch_size: int
+        self,
+        target_psnr: float,
+        longest: list[int],
+        pixels_R3SS: Tensor,
+        ids_RL: Tensor,
+        batch_size: int,
+        beat: Callable,
     ) -> list[int]:
         """Fewest tokens per picture that reach `target_psnr`, found by bisection: quality grows with length."""
-        if target_psnr is None:
-            return longest
         low, high = torch.ones(len(longest), dtype=torch.long), torch.tensor(longest)
         rows_per_picture = len(ids_RL) // len(longest)
         while bool((low < high).any()):
@@ -235,6 +243,7 @@ class ImageTokenizer(Tokenizer):
             for rows in torch.arange(len(ids_RL)).split(batch_size):
                 decoded = self._decode_rows(ids_RL[rows], lengths_R[rows])
                 errors.append((decoded - pixels_R3SS[rows]).square().mean(dim=(1, 2, 3)))
+                beat()
             mse = torch.cat(errors).view(len(longest), -1).mean(dim=1)
             reached = mse <= 10 ** (-target_psnr / 10)
             # `high` always holds a length that reaches the target, or the longest.
