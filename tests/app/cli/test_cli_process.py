@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 from PIL import Image
@@ -32,7 +33,10 @@ def test_interruption_leaves_whole_files_only(tmp_path, shipped):
     for index in range(1, 1000):
         os.link(folder / "0.png", folder / f"{index}.png")
     options = ["--model", str(shipped / "titok-tiny"), "--tile", "--batch-size", "2", "--out", str(out)]
-    with subprocess.Popen([*COMMAND, "reconstruct", str(folder), *options], stdout=-1, stderr=-1, text=True) as process:
+    # A parent that runs in the background of a shell ignores SIGINT, and so would its child.
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    command = [*COMMAND, "reconstruct", str(folder), *options]
+    with subprocess.Popen(command, stdout=-1, stderr=-1, text=True, preexec_fn=listen) as process:
         try:
             deadline = time.monotonic() + START_SECONDS
             while not out.exists() or len(list(out.glob("[!.]*"))) < 3:
