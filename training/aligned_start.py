@@ -3,7 +3,7 @@
 From the published initialisation a TiTok begins with the mean picture: latents attend to everything alike, and what
 little of the picture reaches them is lost again in the decoder, whose code embedding starts far smaller than its
 positions. On the emoji at 64 px that start still gave the mean picture after 630 steps of 8 pictures, while this one
-had left it after 160 steps of 16. A run of a million steps hardly notices; a run of a few thousand does.
+had left it after 160 steps of 16 (one trial each, without quantization). Larger sets and longer runs were not compared.
 
 So positions start as two-dimensional sines, attention as "queries look at keys of the same place" (as mimetic
 initialisation, Trockman & Kolter 2023, makes attention start like that of a trained network), and the paths from pixels
