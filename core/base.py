@@ -1,4 +1,4 @@
-"""What every tokenizer is: a diffusers model with a name, a fingerprint and a vocabulary."""
+"""What every model of ours is, and what every tokenizer is: a name, a fingerprint and a vocabulary."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -31,17 +31,31 @@ class TokenizerOutput:
     num_tokens: int | None = None
 
 
-class Tokenizer(ModelMixin, ConfigMixin):
-    """Base of all tokenizers. Subclasses say `modality`, `vocab_size`, `max_tokens`, and implement the tensor level."""
+class Model(ModelMixin, ConfigMixin):
+    """Base of all models: `from_pretrained`, `save_pretrained` and `push_to_hub` of diffusers, and a name."""
 
     config_name = "config.json"
     _supports_gradient_checkpointing = True
-    _keep_in_fp32_modules: ClassVar[list[str]] = ["quantize"]  # nearest codes are always searched in fp32
+    _keep_in_fp32_modules: ClassVar[list[str]] = []
     modality: ClassVar[str]
 
     def __init__(self):
         super().__init__()
         self.name = type(self).__name__.lower()  # `mt.load` puts the registry's name here
+
+    def cast(self, dtype: torch.dtype) -> Self:
+        """Convert to `dtype` in place, except what `_keep_in_fp32_modules` names."""
+        for name, child in self.named_children():
+            child.to(torch.float32 if name in self._keep_in_fp32_modules else dtype)
+        for parameter in self.parameters(recurse=False):
+            parameter.data = parameter.data.to(dtype)
+        return self
+
+
+class Tokenizer(Model):
+    """Base of all tokenizers. Subclasses say `modality`, `vocab_size`, `max_tokens`, and implement the tensor level."""
+
+    _keep_in_fp32_modules: ClassVar[list[str]] = ["quantize"]  # nearest codes are always searched in fp32
 
     @property
     def fingerprint(self) -> str:
@@ -55,14 +69,6 @@ class Tokenizer(ModelMixin, ConfigMixin):
             if name.startswith(("quantize.embedding", "latent_tokens")):
                 digest.update(value.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
-
-    def cast(self, dtype: torch.dtype) -> Tokenizer:
-        """Convert to `dtype` in place, except what `_keep_in_fp32_modules` names."""
-        for name, child in self.named_children():
-            child.to(torch.float32 if name in self._keep_in_fp32_modules else dtype)
-        for parameter in self.parameters(recurse=False):
-            parameter.data = parameter.data.to(dtype)
-        return self
 
 
 def report(on_step: OnStep | None, step: int, total: int, preview: Any = None) -> None:

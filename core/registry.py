@@ -21,6 +21,9 @@ CLASSES = {
     "TiTok": "tokenizers.image.titok",
     "OneDPiece": "tokenizers.image.one_d_piece",
     "MaskGitVQGAN": "tokenizers.image.maskgit_vqgan",
+    "KLAutoencoder": "tokenizers.image.kl_vae",
+    "MaskGIT": "generators.maskgit",
+    "XAR": "generators.xar",
 }
 
 

@@ -95,8 +95,8 @@ def _fresh_config(recipe: ModelRecipe) -> dict:
                 f"model.like {recipe.like!r} is not a known {recipe.class_name}.{nearest_names(recipe.like, names)}"
             )
         config |= constructor_arguments(entry)
-    two_stage = recipe.stage != "single"
-    config |= {"is_legacy": two_stage, "has_pixel_decoder": recipe.stage == "2"}
+    if recipe.class_name != "KLAutoencoder":
+        config |= {"is_legacy": recipe.stage != "single", "has_pixel_decoder": recipe.stage == "2"}
     return config | recipe.config
 
 

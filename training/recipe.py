@@ -39,7 +39,7 @@ class ModelRecipe(Section):
     gains at full length what it loses at short lengths.
     """
 
-    class_name: Literal["TiTok", "OneDPiece"] = "TiTok"
+    class_name: Literal["TiTok", "OneDPiece", "KLAutoencoder"] = "TiTok"
     stage: Literal["single", "1", "2"] = "single"
     like: str | None = None
     config: dict[str, Any] = {}

@@ -1,0 +1,370 @@
+"""What every generator of pictures is: labels in, tokens or latents between, pictures out.
+
+A generator writes the *content* that its tokenizer decodes: ids int64 [B, L] or latents fp32 [B, C, G, G]. Content
+consists of *units*, the smallest pieces that can be kept while the rest is generated anew: tokens, or entities of xAR.
+
+Shape suffixes: B batch, N pictures of a call, U units, 3/H/W image.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .base import Model, OnStep, report
+from .errors import InvalidInput, LimitExceeded, TokenizerMismatch, nearest_names
+from .image_tokenizer import ImageTokenizer, as_list
+from .images import fit_square, read_image, to_pil, to_pixels
+from .memory import available_memory
+from .tokens import Tokens
+
+MAX_STEPS = 1000
+MAX_GUIDANCE = 100.0
+MAX_IMAGES = 4096
+MAX_SEED = 2**63 - 1
+SEED_ERROR = f"seeds are whole numbers from 0 to {MAX_SEED}"
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one call made: pictures, what they were decoded from (on the CPU), and how to make each of them again."""
+
+    images: list[Image.Image]
+    content: Tensor
+    labels: list[int]
+    seeds: list[int]
+
+
+@dataclass
+class GeneratorOutput:
+    """Result of a generator's training pass: `loss` (0-d, with gradient) and detached 0-d `metrics`."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+class ImageGenerator(Model):
+    """Base of class-conditional picture generators.
+
+    Configs of subclasses hold `num_classes`, `label_names`, `tokenizer` (its name) and `tokenizer_fingerprint`.
+    Label `num_classes` stands for "no class".
+    """
+
+    modality = "image"
+
+    # What a subclass implements.
+
+    @property
+    @abstractmethod
+    def num_units(self) -> int:
+        """Units of one picture."""
+
+    @property
+    @abstractmethod
+    def unit_grid(self) -> tuple[int, int] | None:
+        """(rows, columns) when unit i covers cell i of the picture in raster order; None when units have no place."""
+
+    @abstractmethod
+    def settings(self, steps=None, guidance: float | None = None, **options) -> Any:
+        """Checked settings of a run, a frozen dataclass with `total_steps`; None means the model's own default.
+
+        Raises:
+            InvalidInput: a value that makes no sense.
+        """
+
+    @abstractmethod
+    def generate_content(
+        self,
+        labels_B: Tensor,
+        settings: Any,
+        rngs: Sequence[torch.Generator],
+        start: Tensor | None = None,
+        keep_BU: Tensor | None = None,
+        on_step: Callable[[int, Tensor | None], None] | None = None,
+    ) -> Tensor:
+        """Content of B pictures. Each draws from its own `rngs[b]` alone, so that its batch does not matter.
+
+        `on_step(step, content)` is called after each of `settings.total_steps` steps with a whole content to show
+        (undecided pieces guessed), or None where nothing new can be seen.
+        """
+
+    @abstractmethod
+    def encode_content(self, pixels_B3HW: Tensor) -> Tensor:
+        """Content of given pictures, through the tokenizer."""
+
+    @abstractmethod
+    def decode_content(self, content: Tensor) -> Tensor:
+        """Pixels fp32 [B, 3, H, W] of content on this model's device, through the tokenizer; not clamped."""
+
+    @abstractmethod
+    def bytes_per_image(self) -> int:
+        """Estimated memory of generating one more picture in a batch, decoding included."""
+
+    # Generating.
+
+    def generate(self, labels, **options) -> list[Image.Image]:
+        """Make one picture for each of `labels`; `options` are those of `sample`.
+
+            mt.load("xar-tiny").generate(["animals & nature", 3], seed=0, guidance=3.0)
+
+        Returns PIL images in the order of `labels`.
+        """
+        return self.sample(labels, **options).images
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        labels,
+        *,
+        seed: int | Sequence[int] | None = None,
+        steps: int | tuple[int, int] | None = None,
+        guidance: float | None = None,
+        start=None,
+        keep=None,
+        batch_size: int = 8,
+        previews: bool = False,
+        on_step: OnStep | None = None,
+        **options,
+    ) -> Generation:
+        """Make one picture for each of `labels` and return it with its content, label and seed.
+
+        Args:
+            labels: a class name or number, None for no class, or a list of these.
+            seed: of the first picture, the others take the next numbers; or one for each. Drawn when None. A picture
+                depends on its own seed, not on the batch that it is made in.
+            steps, guidance, options: see `settings` of the model.
+            start: what to edit: content of an earlier `Generation`, `Tokens`, or pictures; one, or one a label.
+            keep: units of `start` that stay: unit numbers for all pictures, or a bool tensor [U] or [N, U].
+            batch_size: pictures made at a time.
+            previews: decode what can be seen for `on_step`: fp32 pixels [B, 3, H, W] in [0, 1] of the current batch.
+            on_step: called as on_step(step, total, preview=...) after every step; raise `mt.Cancelled` in it to stop.
+
+        Raises:
+            InvalidInput: unknown labels and values out of range.
+            LimitExceeded: a batch that does not fit in memory.
+            TokenizerMismatch: the tokenizer is not the one that this model was trained with.
+        """
+        labels_N = self.label_ids(labels)
+        seeds = image_seeds(seed, len(labels_N))
+        settings = self.settings(steps, guidance, **options)
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise InvalidInput(f"batch_size={batch_size!r} must be a whole number from 1 on")
+        _ = self.tokenizer  # a missing or wrong one is found before the work, not after it
+        start_N, keep_NU = self._start(start, keep, len(labels_N))
+        self.check_memory(min(batch_size, len(labels_N)))
+        batches = torch.arange(len(labels_N)).split(batch_size)
+        total = settings.total_steps * len(batches)
+        contents, images = [], []
+        for number, rows in enumerate(batches):
+
+            def show(step: int, content: Tensor | None, done: int = number * settings.total_steps) -> None:
+                preview = None
+                if previews and content is not None and on_step is not None:
+                    preview = self.decode_content(content).clamp(0, 1).cpu()
+                report(on_step, done + step, total, preview)
+
+            rngs = [torch.Generator(self.noise_device).manual_seed(seeds[row]) for row in rows]
+            content = self.generate_content(
+                labels_N[rows].to(self.device),
+                settings,
+                rngs,
+                None if start_N is None else start_N[rows].to(self.device),
+                None if keep_NU is None else keep_NU[rows].to(self.device),
+                show,
+            )
+            pixels = self.decode_content(content).clamp(0, 1).cpu()
+            contents.append(content.cpu())
+            images += [to_pil(picture) for picture in pixels]
+        return Generation(images, torch.cat(contents), labels_N.tolist(), seeds)
+
+    @property
+    def noise_device(self) -> torch.device:
+        """Where noise is drawn: on the CPU a seed gives the same picture on every device."""
+        return torch.device("cpu")
+
+    # The tokenizer.
+
+    @cached_property
+    def _tokenizer_box(self) -> list[ImageTokenizer]:
+        """The tokenizer in a list, which hides it from `state_dict` and `save_pretrained`."""
+        return []
+
+    @property
+    def tokenizer(self) -> ImageTokenizer:
+        """The tokenizer that decodes what this model makes, loaded on first use, on this model's device."""
+        if not self._tokenizer_box:
+            if self.config.tokenizer is None:
+                raise InvalidInput(f"{self.name} names no tokenizer; give it one with use_tokenizer(mt.load(...))")
+            from .registry import load
+
+            self.use_tokenizer(load(self.config.tokenizer))
+        tokenizer = self._tokenizer_box[0]
+        return tokenizer if tokenizer.device == self.device else tokenizer.to(self.device)
+
+    def use_tokenizer(self, tokenizer: ImageTokenizer) -> None:
+        """Decode with `tokenizer` from now on.
+
+        Raises:
+            TokenizerMismatch: it does not understand what this model makes.
+        """
+        expected = self.config.tokenizer_fingerprint
+        if expected is not None and tokenizer.fingerprint != expected:
+            raise TokenizerMismatch(
+                f"{self.name} was trained with {self.config.tokenizer} (fingerprint {expected}), and {tokenizer.name} "
+                f"({tokenizer.fingerprint}) is another one"
+            )
+        self.check_tokenizer(tokenizer)
+        self._tokenizer_box[:] = [tokenizer]
+
+    @abstractmethod
+    def check_tokenizer(self, tokenizer: ImageTokenizer) -> None:
+        """Raise TokenizerMismatch when the shape of this model's content is not the tokenizer's."""
+
+    # Checking what a user gives.
+
+    @cached_property
+    def label_names(self) -> tuple[str, ...]:
+        """Name of each class; ImageNet's for a model of 1000 classes that brings none; empty when there are none."""
+        if self.config.label_names:
+            return tuple(self.config.label_names)
+        if self.config.num_classes != 1000:
+            return ()
+        from torchvision.models import ResNet50_Weights
+
+        return tuple(ResNet50_Weights.IMAGENET1K_V2.meta["categories"])
+
+    def label_ids(self, labels) -> Tensor:
+        """Class numbers int64 [N] of names, numbers and None (no class); one of these, or a list.
+
+        Raises:
+            InvalidInput: no or too many labels, unknown names (the nearest are offered), numbers out of range.
+        """
+        if isinstance(labels, Tensor):
+            labels = labels.tolist()
+        labels = list(labels) if isinstance(labels, (list, tuple)) else [labels]
+        if not 1 <= len(labels) <= MAX_IMAGES:
+            raise InvalidInput(f"give 1 to {MAX_IMAGES} labels, not {len(labels)}")
+        return torch.tensor([self._label_id(label) for label in labels])
+
+    def _label_id(self, label: int | str | None) -> int:
+        num_classes = self.config.num_classes
+        if label is None:
+            return num_classes
+        if isinstance(label, str) and label.strip().isdecimal() and label.strip() not in self.label_names:
+            label = int(label)
+        if isinstance(label, str):
+            word = label.strip().lower()
+            names = [name.lower() for name in self.label_names]
+            matches = [i for i, name in enumerate(names) if name == word]
+            matches = matches or [i for i, name in enumerate(names) if word and name.startswith(word)]
+            if len(matches) == 1:
+                return matches[0]
+            if matches:
+                options = ", ".join(f"{self.label_names[i]!r} ({i})" for i in matches[:5])
+                raise InvalidInput(f"label {label!r} could be any of {options}; give the whole name or the number")
+            hint = nearest_names(word, names) if names else f" {self.name} has no names, only numbers."
+            raise InvalidInput(f"unknown label {label!r}.{hint} {self.name} knows {num_classes} classes.")
+        if isinstance(label, bool) or not isinstance(label, int):
+            raise InvalidInput(f"a label is a name, a number or None, not {label!r}")
+        if not 0 <= label < num_classes:
+            raise InvalidInput(f"label {label} is out of range; {self.name} has classes 0 to {num_classes - 1}")
+        return label
+
+    def _start(self, start, keep, num_images: int) -> tuple[Tensor | None, Tensor | None]:
+        """`start` as content [N, ...] and `keep` as bool [N, U], both on the CPU; None, None to start from nothing."""
+        if (start is None) != (keep is None):
+            raise InvalidInput("start and keep go together: what to edit, and which of its units stay")
+        if start is None:
+            return None, None
+        content = self._start_content(start)
+        if len(content) not in (1, num_images):
+            raise InvalidInput(f"start holds {len(content)} pictures for {num_images} labels; give one, or one a label")
+        keep_NU = self._keep_mask(keep)
+        if len(keep_NU) not in (1, num_images):
+            raise InvalidInput(f"keep has {len(keep_NU)} rows for {num_images} labels; give one, or one a label")
+        return content.expand(num_images, *content.shape[1:]), keep_NU.expand(num_images, -1)
+
+    def _start_content(self, start) -> Tensor:
+        if isinstance(start, Tokens):
+            start.check(self.tokenizer.name, self.tokenizer.fingerprint)
+            return self.check_content(start.ids)
+        if isinstance(start, Tensor):
+            return self.check_content(start)
+        sources, _ = as_list(start)
+        side = self.tokenizer.image_size
+        pixels = torch.stack([to_pixels(fit_square(read_image(source), side)) for source in sources])
+        return self.encode_content(pixels.to(self.device)).cpu()
+
+    @abstractmethod
+    def check_content(self, content: Tensor) -> Tensor:
+        """Return `content`, or raise InvalidInput when its shape, dtype or values are not this model's."""
+
+    def _keep_mask(self, keep) -> Tensor:
+        if isinstance(keep, Tensor) and keep.dtype == torch.bool:
+            mask = keep if keep.ndim == 2 else keep[None]
+            if mask.ndim != 2 or mask.shape[1] != self.num_units:
+                raise InvalidInput(f"keep must be bool [{self.num_units}] or [N, {self.num_units}], got {keep.shape}")
+            return mask.cpu()
+        units = keep.tolist() if isinstance(keep, Tensor) else list(keep)
+        for unit in units:
+            if isinstance(unit, bool) or not isinstance(unit, int) or not 0 <= unit < self.num_units:
+                raise InvalidInput(f"keep names unit {unit!r}; {self.name} has units 0 to {self.num_units - 1}")
+        mask = torch.zeros(1, self.num_units, dtype=torch.bool)
+        mask[0, units] = True
+        return mask
+
+    def check_memory(self, batch_size: int) -> None:
+        """Refuse a batch that would not fit in what is free on this model's device, and name one that would."""
+        fitting = available_memory(self.device) // self.bytes_per_image()
+        if batch_size > fitting:
+            way_out = f"use batch_size={fitting}" if fitting else "not even one picture fits"
+            need = batch_size * self.bytes_per_image() / 2**30
+            raise LimitExceeded(
+                f"a batch of {batch_size} pictures needs about {need:.1f} GiB on {self.device}, more than is free; "
+                + way_out
+            )
+
+
+def image_seeds(seed: int | Sequence[int] | None, num_images: int) -> list[int]:
+    """One seed for each picture: consecutive from one number, as given, or fresh when None."""
+    if seed is None:
+        return torch.randint(2**31, (num_images,), generator=_fresh_generator()).tolist()
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        seeds = [seed + i for i in range(num_images)]
+    else:
+        seeds = seed.tolist() if isinstance(seed, Tensor) else list(seed) if isinstance(seed, (list, tuple)) else [seed]
+        if len(seeds) != num_images:
+            raise InvalidInput(f"{len(seeds)} seeds for {num_images} pictures; give one number, or one for each")
+    for value in seeds:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_SEED:
+            raise InvalidInput(f"{SEED_ERROR}, not {value!r}")
+    return seeds
+
+
+def _fresh_generator() -> torch.Generator:
+    generator = torch.Generator()
+    generator.seed()
+    return generator
+
+
+def check_steps(steps: Any, smallest: int = 1, what: str = "steps") -> int:
+    """`steps`, or InvalidInput when it is no whole number in its range."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or not smallest <= steps <= MAX_STEPS:
+        raise InvalidInput(f"{what}={steps!r} must be a whole number from {smallest} to {MAX_STEPS}")
+    return steps
+
+
+def check_number(value: Any, what: str, smallest: float = 0.0, largest: float = MAX_GUIDANCE) -> float:
+    """`value` as a float, or InvalidInput when it is no finite number in its range."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or not smallest <= value <= largest:
+        raise InvalidInput(f"{what}={value!r} must be a number from {smallest:g} to {largest:g}")
+    return float(value)
