@@ -8,11 +8,15 @@ Shape suffixes: B batch, N pictures of a call, U units, 3/H/W image.
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,14 +27,16 @@ from .base import Model, OnStep, report
 from .errors import InvalidInput, LimitExceeded, TokenizerMismatch, nearest_names
 from .image_tokenizer import ImageTokenizer, as_list
 from .images import fit_square, read_image, to_pil, to_pixels
-from .memory import available_memory
-from .tokens import Tokens
+from .memory import available_memory, is_out_of_memory
+from .tokens import ImageFrame, Tokens
 
 MAX_STEPS = 1000
 MAX_GUIDANCE = 100.0
 MAX_IMAGES = 4096
 MAX_SEED = 2**63 - 1
 SEED_ERROR = f"seeds are whole numbers from 0 to {MAX_SEED}"
+NUMBER = re.compile(r"[+-]?[0-9]{1,18}")
+FEW_LABELS = 20  # all are listed when an unknown one is asked for
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,9 @@ class ImageGenerator(Model):
 
     @abstractmethod
     def settings(self, steps=None, guidance: float | None = None, **options) -> Any:
-        """Checked settings of a run, a frozen dataclass with `total_steps`; None means the model's own default.
+        """Checked settings of a run, a frozen dataclass with `steps`, `guidance`, `total_steps` and the options.
+
+        None means the model's own default.
 
         Raises:
             InvalidInput: a value that makes no sense.
@@ -141,8 +149,8 @@ class ImageGenerator(Model):
             seed: of the first picture, the others take the next numbers; or one for each. Drawn when None. A picture
                 depends on its own seed, not on the batch that it is made in.
             steps, guidance, options: see `settings` of the model.
-            start: what to edit: content of an earlier `Generation`, `Tokens`, or pictures; one, or one a label.
-            keep: units of `start` that stay: unit numbers for all pictures, or a bool tensor [U] or [N, U].
+            start: what to edit: an earlier `Generation`, its content, `Tokens`, or pictures; one, or one a label.
+            keep: units of `start` that stay: their numbers for all pictures, or a bool tensor [U] or [N, U].
             batch_size: pictures made at a time.
             previews: decode what can be seen for `on_step`: fp32 pixels [B, 3, H, W] in [0, 1] of the current batch.
             on_step: called as on_step(step, total, preview=...) after every step; raise `mt.Cancelled` in it to stop.
@@ -154,7 +162,7 @@ class ImageGenerator(Model):
         """
         labels_N = self.label_ids(labels)
         seeds = image_seeds(seed, len(labels_N))
-        settings = self.settings(steps, guidance, **options)
+        settings = self.checked_settings(steps, guidance, **options)
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise InvalidInput(f"batch_size={batch_size!r} must be a whole number from 1 on")
         _ = self.tokenizer  # a missing or wrong one is found before the work, not after it
@@ -172,18 +180,31 @@ class ImageGenerator(Model):
                 report(on_step, done + step, total, preview)
 
             rngs = [torch.Generator(self.noise_device).manual_seed(seeds[row]) for row in rows]
-            content = self.generate_content(
-                labels_N[rows].to(self.device),
-                settings,
-                rngs,
-                None if start_N is None else start_N[rows].to(self.device),
-                None if keep_NU is None else keep_NU[rows].to(self.device),
-                show,
-            )
-            pixels = self.decode_content(content).clamp(0, 1).cpu()
+            with self.memory_errors(len(rows)):
+                content = self.generate_content(
+                    labels_N[rows].to(self.device),
+                    settings,
+                    rngs,
+                    None if start_N is None else start_N[rows].to(self.device),
+                    None if keep_NU is None else keep_NU[rows].to(self.device),
+                    show,
+                )
+                pixels = self.decode_content(content).clamp(0, 1).cpu()
             contents.append(content.cpu())
             images += [to_pil(picture) for picture in pixels]
-        return Generation(images, torch.cat(contents), labels_N.tolist(), seeds)
+        # Outside of inference mode, so that the content can be used for training or edited in place.
+        with torch.inference_mode(False):
+            return Generation(images, torch.cat(contents), labels_N.tolist(), seeds)
+
+    def checked_settings(self, steps=None, guidance: float | None = None, **options) -> Any:
+        """`settings`, where an option that this model does not have is an InvalidInput naming the nearest."""
+        known = list(inspect.signature(self.settings).parameters)
+        for name in options:
+            if name not in known:
+                raise InvalidInput(
+                    f"{self.name} has no option {name!r}.{nearest_names(name, known)} It has {', '.join(known)}."
+                )
+        return self.settings(steps, guidance, **options)
 
     @property
     def noise_device(self) -> torch.device:
@@ -193,21 +214,30 @@ class ImageGenerator(Model):
     # The tokenizer.
 
     @cached_property
-    def _tokenizer_box(self) -> list[ImageTokenizer]:
-        """The tokenizer in a list, which hides it from `state_dict` and `save_pretrained`."""
-        return []
+    def _tokenizer_box(self) -> _TokenizerBox:
+        return _TokenizerBox()
 
     @property
     def tokenizer(self) -> ImageTokenizer:
-        """The tokenizer that decodes what this model makes, loaded on first use, on this model's device."""
+        """The tokenizer that decodes what this model makes, loaded on first use; it follows this model's device."""
         if not self._tokenizer_box:
-            if self.config.tokenizer is None:
-                raise InvalidInput(f"{self.name} names no tokenizer; give it one with use_tokenizer(mt.load(...))")
-            from .registry import load
-
-            self.use_tokenizer(load(self.config.tokenizer))
+            self.use_tokenizer(self._load_tokenizer())
         tokenizer = self._tokenizer_box[0]
         return tokenizer if tokenizer.device == self.device else tokenizer.to(self.device)
+
+    def _load_tokenizer(self) -> ImageTokenizer:
+        """The tokenizer that the config names: a known model or a local folder, never somebody's repository."""
+        from .registry import find_entry, load
+
+        name = self.config.tokenizer
+        way_out = "give it one with use_tokenizer(mt.load(...))"
+        if name is None:
+            raise InvalidInput(f"{self.name} names no tokenizer; {way_out}")
+        if find_entry(name) is None and not Path(name).is_dir():
+            raise InvalidInput(
+                f"the tokenizer {name!r} of {self.name} is neither a known model nor a folder; {way_out}"
+            )
+        return load(name, dtype="bfloat16" if self.dtype == torch.bfloat16 else "float32")
 
     def use_tokenizer(self, tokenizer: ImageTokenizer) -> None:
         """Decode with `tokenizer` from now on.
@@ -215,6 +245,8 @@ class ImageGenerator(Model):
         Raises:
             TokenizerMismatch: it does not understand what this model makes.
         """
+        if not isinstance(tokenizer, ImageTokenizer):
+            raise InvalidInput(f"{self.name} needs an image tokenizer, not {type(tokenizer).__name__}")
         expected = self.config.tokenizer_fingerprint
         if expected is not None and tokenizer.fingerprint != expected:
             raise TokenizerMismatch(
@@ -227,6 +259,22 @@ class ImageGenerator(Model):
     @abstractmethod
     def check_tokenizer(self, tokenizer: ImageTokenizer) -> None:
         """Raise TokenizerMismatch when the shape of this model's content is not the tokenizer's."""
+
+    def tokens(self, content: Tensor) -> Tokens:
+        """`content` of a `Generation` as `Tokens`, to save or to decode with the tokenizer.
+
+        Raises:
+            InvalidInput: the tokenizer has no tokens.
+        """
+        tokenizer, ids_BL = self.tokenizer, self.check_content(content)
+        if tokenizer.is_continuous:
+            raise InvalidInput(f"{self.name} makes continuous latents, which are no tokens")
+        side = tokenizer.image_size
+        return Tokens(
+            ids=ids_BL, lengths=torch.full((len(ids_BL),), ids_BL.shape[1]), tokenizer=tokenizer.name,
+            fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size, modality=self.modality,
+            frames=(ImageFrame(side, side),) * len(ids_BL),
+        )  # fmt: skip
 
     # Checking what a user gives.
 
@@ -247,9 +295,9 @@ class ImageGenerator(Model):
         Raises:
             InvalidInput: no or too many labels, unknown names (the nearest are offered), numbers out of range.
         """
-        if isinstance(labels, Tensor):
+        if hasattr(labels, "tolist"):  # tensors and arrays
             labels = labels.tolist()
-        labels = list(labels) if isinstance(labels, (list, tuple)) else [labels]
+        labels = list(labels) if isinstance(labels, (list, tuple, range)) else [labels]
         if not 1 <= len(labels) <= MAX_IMAGES:
             raise InvalidInput(f"give 1 to {MAX_IMAGES} labels, not {len(labels)}")
         return torch.tensor([self._label_id(label) for label in labels])
@@ -258,7 +306,7 @@ class ImageGenerator(Model):
         num_classes = self.config.num_classes
         if label is None:
             return num_classes
-        if isinstance(label, str) and label.strip().isdecimal() and label.strip() not in self.label_names:
+        if isinstance(label, str) and NUMBER.fullmatch(label.strip()) and label.strip() not in self.label_names:
             label = int(label)
         if isinstance(label, str):
             word = label.strip().lower()
@@ -270,13 +318,23 @@ class ImageGenerator(Model):
             if matches:
                 options = ", ".join(f"{self.label_names[i]!r} ({i})" for i in matches[:5])
                 raise InvalidInput(f"label {label!r} could be any of {options}; give the whole name or the number")
-            hint = nearest_names(word, names) if names else f" {self.name} has no names, only numbers."
-            raise InvalidInput(f"unknown label {label!r}.{hint} {self.name} knows {num_classes} classes.")
+            raise InvalidInput(f"unknown label {label!r}.{self._label_hint(word, names)}")
         if isinstance(label, bool) or not isinstance(label, int):
             raise InvalidInput(f"a label is a name, a number or None, not {label!r}")
         if not 0 <= label < num_classes:
             raise InvalidInput(f"label {label} is out of range; {self.name} has classes 0 to {num_classes - 1}")
         return label
+
+    def _label_hint(self, word: str, names: list[str]) -> str:
+        num_classes = self.config.num_classes
+        if not names:
+            return f" {self.name} has no names, only the numbers 0 to {num_classes - 1}."
+        # A word within a name counts as near: "cat" is not close to "Egyptian cat" by its letters.
+        inside = [name for name in names if word and word in name][:3]
+        hint = f" Did you mean {' or '.join(map(repr, inside))}?" if inside else nearest_names(word, names)
+        if num_classes <= FEW_LABELS:
+            return f"{hint} {self.name} knows {', '.join(self.label_names)}."
+        return f"{hint} {self.name} knows {num_classes} classes."
 
     def _start(self, start, keep, num_images: int) -> tuple[Tensor | None, Tensor | None]:
         """`start` as content [N, ...] and `keep` as bool [N, U], both on the CPU; None, None to start from nothing."""
@@ -284,7 +342,7 @@ class ImageGenerator(Model):
             raise InvalidInput("start and keep go together: what to edit, and which of its units stay")
         if start is None:
             return None, None
-        content = self._start_content(start)
+        content = self.start_content(start)
         if len(content) not in (1, num_images):
             raise InvalidInput(f"start holds {len(content)} pictures for {num_images} labels; give one, or one a label")
         keep_NU = self._keep_mask(keep)
@@ -292,12 +350,18 @@ class ImageGenerator(Model):
             raise InvalidInput(f"keep has {len(keep_NU)} rows for {num_images} labels; give one, or one a label")
         return content.expand(num_images, *content.shape[1:]), keep_NU.expand(num_images, -1)
 
-    def _start_content(self, start) -> Tensor:
+    @torch.inference_mode()
+    def start_content(self, start) -> Tensor:
+        """Content [N, ...] on the CPU of what `sample` takes as `start`."""
+        if isinstance(start, Generation):
+            start = start.content
         if isinstance(start, Tokens):
             start.check(self.tokenizer.name, self.tokenizer.fingerprint)
+            if bool((start.lengths < start.ids.shape[1]).any()):
+                raise InvalidInput("start holds tokens of different lengths; only whole pictures can be edited")
             return self.check_content(start.ids)
         if isinstance(start, Tensor):
-            return self.check_content(start)
+            return self.check_content(start.cpu())
         sources, _ = as_list(start)
         side = self.tokenizer.image_size
         pixels = torch.stack([to_pixels(fit_square(read_image(source), side)) for source in sources])
@@ -308,29 +372,53 @@ class ImageGenerator(Model):
         """Return `content`, or raise InvalidInput when its shape, dtype or values are not this model's."""
 
     def _keep_mask(self, keep) -> Tensor:
+        """Bool [1, U] or [N, U] on the CPU."""
+        num_units = self.num_units
         if isinstance(keep, Tensor) and keep.dtype == torch.bool:
-            mask = keep if keep.ndim == 2 else keep[None]
-            if mask.ndim != 2 or mask.shape[1] != self.num_units:
-                raise InvalidInput(f"keep must be bool [{self.num_units}] or [N, {self.num_units}], got {keep.shape}")
+            mask = keep[None] if keep.ndim == 1 else keep
+            if mask.ndim != 2 or mask.shape[1] != num_units:
+                raise InvalidInput(f"keep must be bool [{num_units}] or [N, {num_units}], got {list(keep.shape)}")
             return mask.cpu()
-        units = keep.tolist() if isinstance(keep, Tensor) else list(keep)
+        if hasattr(keep, "tolist"):
+            keep = keep.tolist()
+        units = list(keep) if isinstance(keep, (list, tuple, set, range)) else [keep]
         for unit in units:
-            if isinstance(unit, bool) or not isinstance(unit, int) or not 0 <= unit < self.num_units:
-                raise InvalidInput(f"keep names unit {unit!r}; {self.name} has units 0 to {self.num_units - 1}")
-        mask = torch.zeros(1, self.num_units, dtype=torch.bool)
+            if isinstance(unit, bool) or not isinstance(unit, int) or not 0 <= unit < num_units:
+                raise InvalidInput(f"keep names unit {unit!r}; {self.name} has units 0 to {num_units - 1}")
+        mask = torch.zeros(1, num_units, dtype=torch.bool)
         mask[0, units] = True
         return mask
 
     def check_memory(self, batch_size: int) -> None:
         """Refuse a batch that would not fit in what is free on this model's device, and name one that would."""
-        fitting = available_memory(self.device) // self.bytes_per_image()
+        per_image = max(self.bytes_per_image(), 1)
+        fitting = available_memory(self.device) // per_image
         if batch_size > fitting:
-            way_out = f"use batch_size={fitting}" if fitting else "not even one picture fits"
-            need = batch_size * self.bytes_per_image() / 2**30
+            need = batch_size * per_image / 2**30
             raise LimitExceeded(
                 f"a batch of {batch_size} pictures needs about {need:.1f} GiB on {self.device}, more than is free; "
-                + way_out
+                + (f"use batch_size={fitting}" if fitting else "not even one picture fits")
             )
+
+    @contextmanager
+    def memory_errors(self, batch_size: int) -> Iterator[None]:
+        """Turn running out of memory after all (the estimate is one) into LimitExceeded with a size to try."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise LimitExceeded(
+                f"a batch of {batch_size} pictures does not fit in the memory of {self.device}; "
+                + (f"use batch_size={batch_size // 2}" if batch_size > 1 else "not even one picture fits")
+            ) from None
+
+
+class _TokenizerBox(list):
+    """Holds the tokenizer where `state_dict`, `parameters` and `save_pretrained` do not see it."""
+
+    def __deepcopy__(self, memo: dict) -> _TokenizerBox:
+        return _TokenizerBox(self)  # a copy of the generator (of its averaged weights, say) shares the tokenizer
 
 
 def image_seeds(seed: int | Sequence[int] | None, num_images: int) -> list[int]:
