@@ -48,7 +48,7 @@ def _build(recipe: ModelRecipe, config: dict | None):
     if recipe.config:  # a finished model has dead-code revival off; the recipe can switch it on again
         weights, model = model.state_dict(), _construct(source_class, _config_of(model) | recipe.config)
         model.load_state_dict(weights, strict=False)  # the running code usage starts anew
-    if recipe.stage == "2" and not model.config.has_pixel_decoder:
+    if recipe.stage == "2" and recipe.class_name != "KLAutoencoder" and not model.config.has_pixel_decoder:
         if recipe.vqgan is None:
             raise InvalidRecipe("stage 2 of a stage-1 model needs model.vqgan (MaskGIT-VQGAN weights)")
         model.add_pixel_decoder(load_vqgan(recipe).requires_grad_(True))  # its copy is trained

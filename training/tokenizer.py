@@ -66,8 +66,6 @@ class TokenizerTrainer:
         self.raw_model.train()
         if stage == "2":
             self.raw_model.freeze_encoder()
-            self.raw_model.encoder.eval()
-            self.raw_model.quantize.eval()
         if recipe.model.gradient_checkpointing:
             self.raw_model.enable_gradient_checkpointing()
         loss = recipe.loss
@@ -151,6 +149,8 @@ class TokenizerTrainer:
         if tracker is not None:
             tracker.close()
             with self.ema.applied_to(self.raw_model) as model:
+                if self.recipe.model.class_name == "KLAutoencoder" and self.recipe.model.stage == "single":
+                    model.calibrate(to_float(self.val_pixels))
                 export_model(model, self.recipe.output / "model", run.export_dtype)
         self.accelerator.wait_for_everyone()
 

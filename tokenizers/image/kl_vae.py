@@ -96,5 +96,22 @@ class KLAutoencoder(ImageTokenizer):
         """Pixels fp32 [B, 3, H, W], nominally in [0, 1] but not clamped, of scaled latents."""
         return self._decode(latents_BCGG / self.config.scaling_factor).float()
 
+    def freeze_encoder(self) -> None:
+        """Train the decoder alone from now on: latents keep their meaning, so a generator of them stays right."""
+        for frozen in (self.vae.encoder, self.vae.quant_conv):
+            frozen.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def calibrate(self, pixels_B3HW: Tensor, batch_size: int = 64) -> None:
+        """Set `scaling_factor` so that posterior samples of `pixels_B3HW` (fp32, [0, 1]) have standard deviation 1."""
+        rng = torch.Generator().manual_seed(0)
+        samples = [
+            DiagonalGaussian(self.encode_moments(batch.to(self.device)).float()).sample(rng)
+            for batch in pixels_B3HW.split(batch_size)
+        ]
+        factor = round(1 / float(torch.cat(samples).std()), 6)
+        self.register_to_config(scaling_factor=factor)
+        self.vae.register_to_config(scaling_factor=factor)
+
     def _decode(self, z_BCGG: Tensor) -> Tensor:
         return (self.vae.decoder(self.vae.post_quant_conv(z_BCGG)) + 1) / 2

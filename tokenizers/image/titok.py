@@ -306,7 +306,7 @@ class TiTok(ImageTokenizer):
     def freeze_encoder(self) -> None:
         """Stage 2 trains the decoders alone: the encoder, the latent tokens and the codebook keep their values."""
         for frozen in (self.encoder, self.quantize):
-            frozen.requires_grad_(False)
+            frozen.requires_grad_(False).eval()
         self.latent_tokens.requires_grad_(False)
 
     def _decode(self, z_BC1N: Tensor, text_BTE: Tensor | None, lengths_B: Tensor | None = None) -> Tensor:

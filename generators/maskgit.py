@@ -1,0 +1,392 @@
+"""MaskGIT over 1-D tokens: all tokens at once, the unsure ones again (Chang et al. 2022, arXiv 2202.04200).
+
+As TiTok (arXiv 2406.07550, section 3.3) and One-D-Piece use it. Generation starts with every token masked. A step
+draws all masked tokens from the transformer's guided logits, keeps the most confident draws and masks the rest again,
+fewer after each step, until none is left.
+
+Ids: 0 .. C-1 are the tokenizer's codes, C is the mask, then one id for each class, and one for "no class".
+
+Shape suffixes: B batch, N tokens of a picture, K masked tokens, C codes, W width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from ..core.errors import InvalidInput, TokenizerMismatch
+from ..core.generator import GeneratorOutput, ImageGenerator, check_number, check_steps
+from ..nn.layers import Linear
+from .maskgit_networks import UViT, ViT, init_weights, take
+
+DECAYS = ("constant", "linear", "power-cosine")
+TINY = 1e-20  # keeps the logarithms of Gumbel noise finite
+
+
+@dataclass(frozen=True)
+class MaskGITSettings:
+    """How to sample; `settings` of the model checks and makes it.
+
+    guidance_decay: "constant", "linear" (from 0 in the first step to `guidance` (S - 1) / S in the last) or
+    "power-cosine" (from 0 to `guidance` - 1, slowly at first; the authors count this one from 1).
+    temperature: of the Gumbel noise in the first step; it falls linearly to 0 in the last.
+    annealing: also divide the logits by 0.5 + 0.8 * (share of steps to come).
+    """
+
+    steps: int
+    guidance: float
+    guidance_decay: str
+    guidance_pow: float
+    temperature: float
+    annealing: bool
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps
+
+    def guidance_weight(self, step: int) -> float:
+        """w of step 0, 1, ... in logits = c + w (c - u); the unconditional u need not be computed where it is 0."""
+        progress = step / self.steps
+        if self.guidance_decay == "constant":
+            return self.guidance
+        if self.guidance_decay == "linear":
+            return self.guidance * progress
+        return (self.guidance - 1) * (1 - math.cos(math.pi * progress**self.guidance_pow)) / 2
+
+    def noise_temperature(self, step: int) -> float:
+        return self.temperature * (1 - (step + 1) / self.steps)
+
+    def logit_divisor(self, step: int) -> float:
+        return 0.5 + 0.8 * (1 - (step + 1) / self.steps) if self.annealing else 1.0
+
+    def masked_counts(self, num_free: int) -> list[int]:
+        """Tokens of a picture that are masked before each step, and 0 at the end: the arccos schedule."""
+        counts = [num_free]
+        for step in range(self.steps - 1):
+            ratio = math.acos((step + 1) / self.steps) / (math.pi / 2)
+            counts.append(min(num_free, max(1, min(counts[-1] - 1, math.floor(num_free * ratio)))))
+        return [*counts, 0]
+
+
+class GumbelNoise:
+    """Gumbel noise of a batch: each picture's from its own generator, so that the batch does not matter."""
+
+    def __init__(self, rngs: Sequence[torch.Generator], device: torch.device):
+        self.rngs, self.device = rngs, device
+
+    def tokens(self, step: int, masked_BK: Tensor, counts: list[int], num_codes: int) -> Tensor:
+        """For the draw of the tokens at `masked_BK`: fp32 [B, K, C]; only the first `counts[b]` of a row matter."""
+        return self._draw(counts, masked_BK.shape[1], num_codes)
+
+    def confidence(self, step: int, masked_BK: Tensor, counts: list[int]) -> Tensor:
+        """For the choice of the tokens that are masked again: fp32 [B, K]."""
+        return self._draw(counts, masked_BK.shape[1])
+
+    def _draw(self, counts: list[int], num_masked: int, *shape: int) -> Tensor:
+        noise = torch.ones(len(counts), num_masked, *shape, device=self.device)
+        for row, count, rng in zip(noise, counts, self.rngs, strict=True):
+            drawn = torch.empty(count, *shape, device=rng.device).exponential_(generator=rng)
+            row[:count] = drawn.to(self.device, non_blocking=True)
+        return noise.clamp_(min=TINY).log_().neg_()  # minus the log of an exponential number is Gumbel
+
+
+class MaskGIT(ImageGenerator):
+    """Class-conditional masked generator of 1-D tokens.
+
+    Args:
+        network: "vit" (post-norm, as BERT) or "uvit" (pre-norm with long skips; no dropout).
+        num_tokens, codebook_size: the tokenizer's.
+        class_label_dropout, label_smoothing, loss_weight_unmasked_token: of the training pass.
+        num_steps and the rest: how to sample when the call does not say; see `MaskGITSettings`.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        network: str = "vit",
+        hidden_size: int = 768,
+        num_hidden_layers: int = 24,
+        num_attention_heads: int = 16,
+        intermediate_size: int = 3072,
+        dropout: float = 0.1,
+        attn_drop: float = 0.1,
+        codebook_size: int = 4096,
+        num_tokens: int = 32,
+        num_classes: int = 1000,
+        label_names: tuple[str, ...] = (),
+        tokenizer: str | None = None,
+        tokenizer_fingerprint: str | None = None,
+        class_label_dropout: float = 0.1,
+        label_smoothing: float = 0.1,
+        loss_weight_unmasked_token: float = 0.1,
+        num_steps: int = 8,
+        guidance_scale: float = 3.0,
+        guidance_decay: str = "constant",
+        guidance_scale_pow: float = 3.0,
+        randomize_temperature: float = 4.5,
+        softmax_temperature_annealing: bool = False,
+    ):
+        super().__init__()
+        if network not in ("vit", "uvit"):
+            raise InvalidInput(f"network must be 'vit' or 'uvit', not {network!r}")
+        if hidden_size % num_attention_heads:
+            raise InvalidInput(f"hidden_size {hidden_size} is not divisible by {num_attention_heads} heads")
+        num_ids = codebook_size + num_classes + 2
+        sizes = (hidden_size, num_hidden_layers, num_attention_heads, intermediate_size)
+        if network == "vit":
+            self.transformer = ViT(num_ids, num_tokens + 1, *sizes, dropout, attn_drop)
+        else:
+            self.transformer = UViT(num_ids, num_tokens + 1, *sizes)
+        self.lm_head = Linear(hidden_size, codebook_size)
+        init_weights(self.lm_head, nn.init.normal_ if network == "vit" else nn.init.trunc_normal_)
+
+    @property
+    def mask_id(self) -> int:
+        return self.config.codebook_size
+
+    @property
+    def num_units(self) -> int:
+        return self.config.num_tokens
+
+    @property
+    def unit_grid(self) -> None:
+        return None
+
+    # Training (TiTok's recipe).
+
+    def forward(self, ids_BN: Tensor, labels_B: Tensor, rng: torch.Generator | None = None) -> GeneratorOutput:
+        """Mask a random share of `ids_BN`, drop some labels, and predict: the training pass."""
+        batch = len(ids_BN)
+        is_masked_BN = self.draw_mask(torch.rand(batch, generator=rng), torch.rand(ids_BN.shape, generator=rng))
+        is_dropped_B = torch.rand(batch, generator=rng) < self.config.class_label_dropout
+        labels_B = torch.where(is_dropped_B.to(labels_B.device), self.config.num_classes, labels_B)
+        return self.masked_token_loss(ids_BN, is_masked_BN.to(ids_BN.device), labels_B)[0]
+
+    @staticmethod
+    def draw_mask(ratio_B: Tensor, order_BN: Tensor) -> Tensor:
+        """Bool [B, N] from uniform numbers: arccos(ratio) of the tokens, those whose rank in `order_BN` is low."""
+        num_tokens = order_BN.shape[1]
+        share_B = (torch.arccos(ratio_B) / (math.pi / 2)).clamp(1e-6, 1.0)
+        counts_B = (num_tokens * share_B).round().clamp(min=1)
+        return order_BN.argsort(dim=-1) < counts_B[:, None]
+
+    def masked_token_loss(
+        self, ids_BN: Tensor, is_masked_BN: Tensor, labels_B: Tensor
+    ) -> tuple[GeneratorOutput, Tensor]:
+        """Smoothed cross entropy at every position, unmasked ones weighing less; and the logits [B, N, C]."""
+        logits_BNC = self.logits(torch.where(is_masked_BN, self.mask_id, ids_BN), labels_B).float()
+        loss_BN = F.cross_entropy(
+            logits_BNC.movedim(-1, 1), ids_BN, reduction="none", label_smoothing=self.config.label_smoothing
+        )
+        weight_BN = torch.where(is_masked_BN, 1.0, self.config.loss_weight_unmasked_token)
+        loss = (weight_BN * loss_BN).sum() / (weight_BN.sum() + 1e-8)
+        is_right_BN = logits_BNC.detach().argmax(dim=-1) == ids_BN
+        accuracy = (is_right_BN & is_masked_BN).sum() / is_masked_BN.sum()
+        return GeneratorOutput(loss, {"masked_accuracy": accuracy}), logits_BNC
+
+    def is_decayed(self, name: str, parameter: nn.Parameter) -> bool:
+        """Whether weight decay applies: not to norms, biases and embeddings."""
+        return parameter.ndim >= 2 and not any(part in name for part in ("embed", "norm", "bias"))
+
+    # The network.
+
+    def logits(self, ids_BN: Tensor, labels_B: Tensor) -> Tensor:
+        """Logits [B, N, C] over the codes; `ids_BN` holds codes and `mask_id`, label `num_classes` is "no class"."""
+        return self.lm_head(self.transformer(self._with_class(ids_BN, labels_B))[:, 1:])
+
+    def _with_class(self, ids_BN: Tensor, labels_B: Tensor) -> Tensor:
+        return torch.cat([(self.mask_id + 1 + labels_B)[:, None], ids_BN], dim=1)
+
+    def compile_network(self, **options) -> None:
+        """Run the transformer through `torch.compile` from now on: on a GPU a step is one CUDA graph.
+
+        The first steps take a minute. All positions are computed then, so that shapes do not change between steps.
+        """
+        options = {"mode": "reduce-overhead", "dynamic": False} | options
+        self._compiled = torch.compile(self.transformer, **options)
+
+    def _hidden(self, ids_BL: Tensor, positions_BK: Tensor) -> Tensor:
+        compiled = getattr(self, "_compiled", None)
+        if compiled is None:
+            return self.transformer(ids_BL, positions_BK)
+        return take(compiled(ids_BL).clone(), positions_BK)
+
+    # Sampling.
+
+    def settings(
+        self,
+        steps: int | None = None,
+        guidance: float | None = None,
+        *,
+        guidance_decay: str | None = None,
+        guidance_pow: float | None = None,
+        temperature: float | None = None,
+        annealing: bool | None = None,
+    ) -> MaskGITSettings:
+        """Checked settings of a run; None takes the model's own.
+
+        Args:
+            steps: 1 to 1000. guidance: 0 (none) to 100. The rest: see `MaskGITSettings`.
+        """
+        config = self.config
+        decay = config.guidance_decay if guidance_decay is None else guidance_decay
+        if decay not in DECAYS:
+            raise InvalidInput(f"guidance_decay={decay!r} must be one of {', '.join(DECAYS)}")
+        power = config.guidance_scale_pow if guidance_pow is None else guidance_pow
+        heat = config.randomize_temperature if temperature is None else temperature
+        return MaskGITSettings(
+            steps=check_steps(config.num_steps if steps is None else steps),
+            guidance=check_number(config.guidance_scale if guidance is None else guidance, "guidance"),
+            guidance_decay=decay,
+            guidance_pow=check_number(power, "guidance_pow"),
+            temperature=check_number(heat, "temperature"),
+            annealing=config.softmax_temperature_annealing if annealing is None else bool(annealing),
+        )
+
+    @torch.inference_mode()
+    def generate_ids(
+        self,
+        labels_B: Tensor,
+        settings: MaskGITSettings,
+        rngs: Sequence[torch.Generator],
+        start_BN: Tensor | None = None,
+        keep_BN: Tensor | None = None,
+        on_step: Callable[[int, Tensor], None] | None = None,
+        noise: GumbelNoise | None = None,
+    ) -> Tensor:
+        """Ids int64 [B, N] for class numbers `labels_B`; where `keep_BN` is True those of `start_BN` stay.
+
+        `on_step(step, ids)` gets whole ids: kept and decided ones, and the last draw of the others. `noise` replaces
+        the noise of `rngs`.
+        """
+        noise = GumbelNoise(rngs, self.device) if noise is None else noise
+        batch, num_tokens = len(labels_B), self.config.num_tokens
+        # Column N is a dummy, for rows with fewer masked tokens than others.
+        ids_BN1 = torch.full((batch, num_tokens + 1), self.mask_id, device=self.device)
+        free_BN = torch.ones(batch, num_tokens, dtype=torch.bool, device=self.device)
+        if keep_BN is not None:
+            free_BN = ~keep_BN
+            ids_BN1[:, :-1] = torch.where(free_BN, self.mask_id, start_BN)
+        num_free = free_BN.sum(dim=1).tolist()
+        counts = [settings.masked_counts(count) for count in num_free]  # all known before the loop: no host sync in it
+        width = max(num_free)
+        masked_BK = free_BN.int().argsort(dim=1, descending=True, stable=True)[:, :width]
+        valid_BK = _first(num_free, width, self.device)
+        labels_2B = torch.cat([labels_B, torch.full_like(labels_B, self.config.num_classes)])
+        for step in range(settings.steps):
+            masked_BK = masked_BK.masked_fill(~valid_BK, num_tokens)
+            now = [picture[step] for picture in counts]
+            after = [picture[step + 1] for picture in counts]
+            logits_BKC = self._guided_logits(ids_BN1[:, :-1], labels_2B, masked_BK, settings.guidance_weight(step))
+            logits_BKC = logits_BKC / settings.logit_divisor(step)
+            heat = settings.noise_temperature(step)
+            noisy_BKC = logits_BKC
+            if heat:
+                noisy_BKC = logits_BKC + heat * noise.tokens(step, masked_BK, now, self.config.codebook_size)
+            drawn_BK = noisy_BKC.argmax(dim=-1)
+            ids_BN1.scatter_(1, masked_BK, drawn_BK)
+            if on_step is not None:
+                on_step(step + 1, ids_BN1[:, :-1].clone())
+            if step + 1 == settings.steps:
+                break
+            sure_BK = logits_BKC.gather(2, drawn_BK[:, :, None])[:, :, 0]
+            if heat:
+                sure_BK = sure_BK + heat * noise.confidence(step, masked_BK, now)
+            width = max(after)
+            unsure_BK = sure_BK.masked_fill(~valid_BK, math.inf).argsort(dim=1)[:, :width]
+            masked_BK, valid_BK = masked_BK.gather(1, unsure_BK), _first(after, width, self.device)
+            ids_BN1.scatter_(1, masked_BK.masked_fill(~valid_BK, num_tokens), self.mask_id)
+        return ids_BN1[:, :-1].clone()
+
+    def generate_content(self, labels_B, settings, rngs, start=None, keep_BU=None, on_step=None) -> Tensor:
+        return self.generate_ids(labels_B, settings, rngs, start, keep_BU, on_step)
+
+    def _guided_logits(self, ids_BN: Tensor, labels_2B: Tensor, masked_BK: Tensor, weight: float) -> Tensor:
+        """Logits fp32 [B, K, C] at the masked tokens; both branches go through the network as one batch.
+
+        The head is linear, so guidance acts on what goes into it: one product instead of two.
+        """
+        positions_BK = masked_BK.clamp(max=ids_BN.shape[1] - 1) + 1
+        if not weight:
+            hidden_BKW = self._hidden(self._with_class(ids_BN, labels_2B[: len(ids_BN)]), positions_BK)
+        else:
+            ids_2BL = self._with_class(ids_BN.repeat(2, 1), labels_2B)
+            conditional, unconditional = self._hidden(ids_2BL, positions_BK.repeat(2, 1)).chunk(2)
+            hidden_BKW = conditional + weight * (conditional - unconditional)
+        return self.lm_head(hidden_BKW).float()
+
+    # The tokenizer's side.
+
+    def encode_content(self, pixels_B3HW: Tensor) -> Tensor:
+        return self.tokenizer.encode_pixels(pixels_B3HW)
+
+    def decode_content(self, ids_BN: Tensor) -> Tensor:
+        return self.tokenizer.decode_ids(ids_BN)
+
+    def check_content(self, content: Tensor) -> Tensor:
+        """`content` as ids [B, N], or InvalidInput."""
+        ids_BN = content[None] if content.ndim == 1 else content
+        size, codes = self.config.num_tokens, self.config.codebook_size
+        if ids_BN.ndim != 2 or ids_BN.shape[1] != size or ids_BN.dtype != torch.int64:
+            raise InvalidInput(f"{self.name} edits ids int64 [B, {size}], got {content.dtype} {list(content.shape)}")
+        if ids_BN.numel() and not 0 <= int(ids_BN.min()) <= int(ids_BN.max()) < codes:
+            raise InvalidInput(f"ids must lie in [0, {codes}), got {int(ids_BN.min())} to {int(ids_BN.max())}")
+        return ids_BN
+
+    def check_tokenizer(self, tokenizer) -> None:
+        ours = (self.config.num_tokens, self.config.codebook_size)
+        if tokenizer.is_continuous or (tokenizer.max_tokens, tokenizer.vocab_size) != ours:
+            its = "continuous latents"
+            if not tokenizer.is_continuous:
+                its = f"{tokenizer.max_tokens} tokens of {tokenizer.vocab_size} codes"
+            raise TokenizerMismatch(
+                f"{self.name} makes {ours[0]} tokens of {ours[1]} codes, {tokenizer.name} has {its}"
+            )
+
+    def bytes_per_image(self) -> int:
+        """Logits, noise and activations of both branches, and the decoded pixels with what leads to them, in fp32."""
+        config = self.config
+        sampling = 5 * config.num_tokens * config.codebook_size
+        activations = 2 * (config.num_tokens + 1) * (6 * config.hidden_size + 2 * config.intermediate_size)
+        side = self.tokenizer.image_size
+        return 4 * (sampling + activations + 400 * side * side)
+
+
+def _first(counts: list[int], width: int, device: torch.device) -> Tensor:
+    """Bool [B, width]: True for the first `counts[b]` of row b."""
+    counts_B = torch.tensor(counts).to(device, non_blocking=True)
+    return torch.arange(width, device=device) < counts_B[:, None]
+
+
+def released_configs() -> dict[str, dict]:
+    """Constructor arguments of the released generators, by our name."""
+    uvit = {
+        "network": "uvit", "hidden_size": 1024, "num_hidden_layers": 20, "num_attention_heads": 16,
+        "intermediate_size": 4096,
+    }  # fmt: skip
+
+    def sampling(steps: int, temperature: float, guidance: float, decay: str) -> dict:
+        return {
+            "num_steps": steps, "randomize_temperature": temperature, "guidance_scale": guidance,
+            "guidance_decay": decay, "softmax_temperature_annealing": True,
+        }  # fmt: skip
+
+    configs = {
+        "maskgit-titok-l32": {"tokenizer": "titok-l32", "num_tokens": 32} | sampling(8, 9.5, 4.5, "linear"),
+        "maskgit-titok-b64": {"tokenizer": "titok-b64", "num_tokens": 64} | sampling(8, 11.0, 3.0, "linear"),
+        "maskgit-titok-s128": uvit
+        | {"tokenizer": "titok-s128", "num_tokens": 128}
+        | sampling(64, 2.8, 6.9, "power-cosine"),
+    }
+    for size, temperature, guidance in (("s", 3.0, 12.5), ("b", 2.5, 8.5), ("l", 3.0, 5.5)):
+        configs[f"maskgit-one-d-piece-{size}256"] = {
+            "tokenizer": f"one-d-piece-{size}256",
+            "num_tokens": 256,
+        } | sampling(16, temperature, guidance, "power-cosine")
+    return configs

@@ -1,0 +1,169 @@
+"""The transformer of xAR (specification, "Architecture"): two stacks of adaptive-norm blocks over noisy latent tokens.
+
+Shape suffixes: R rows (pictures, or pictures twice when guided), L tokens of a call, T tokens of the sequence,
+D width, H heads, K head width, C latent channels, E entities.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..kernels.precision import compute_dtype
+from ..nn.layers import Linear, widened
+
+EPS = 1e-6
+TIME_FEATURES = 256
+NUM_MODULATIONS = 6  # gate, gate, scale, scale, shift, shift; the first of each pair is attention's
+
+
+class KeyValueCache:
+    """Keys and values of the finished entities of one run: preallocated, and no part of the model."""
+
+    def __init__(self, depth: int, rows: int, heads: int, tokens: int, head_width: int, like: Tensor):
+        self.keys = like.new_empty(depth, rows, heads, tokens, head_width)
+        self.values = torch.empty_like(self.keys)
+        self.length = 0  # tokens of finished entities
+
+    def extend(self, layer: int, k_RHLK: Tensor, v_RHLK: Tensor) -> tuple[Tensor, Tensor]:
+        """Put a call's keys and values behind the finished ones; all that the call may see. `length` stays."""
+        rows, end = len(k_RHLK), self.length + k_RHLK.shape[2]
+        self.keys[layer, :rows, :, self.length : end] = k_RHLK
+        self.values[layer, :rows, :, self.length : end] = v_RHLK
+        return self.keys[layer, :rows, :, :end], self.values[layer, :rows, :, :end]
+
+
+def rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
+    """x / rms(x), computed in fp32, times `weight` if there is one."""
+    normed = F.rms_norm(x.float(), x.shape[-1:], eps=EPS).to(x.dtype)
+    return normed if weight is None else normed * widened(weight, x)
+
+
+def rotate(x_RHLK: Tensor, rotary_2LK: Tensor) -> Tensor:
+    """Turn neighbouring pairs of channels by the angles whose cosines and sines are given."""
+    cos, sin = rotary_2LK.to(x_RHLK.dtype)
+    even, odd = x_RHLK.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, num_heads: int, attn_dropout: float, proj_dropout: float):
+        super().__init__()
+        self.num_heads, self.attn_dropout = num_heads, attn_dropout
+        self.qkv, self.proj = Linear(width, 3 * width), Linear(width, width)
+        self.dropout = nn.Dropout(proj_dropout)
+
+    def forward(self, x_RLD: Tensor, rotary_2LK: Tensor, mask: Tensor | None, cache: KeyValueCache | None, layer: int):
+        q, k, v = rearrange(self.qkv(x_RLD), "r l (n h k) -> n r h l k", n=3, h=self.num_heads)
+        q, k = rotate(q, rotary_2LK), rotate(k, rotary_2LK)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+        dropout = self.attn_dropout if self.training else 0.0
+        y_RHLK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return self.dropout(self.proj(rearrange(y_RHLK, "r h l k -> r l (h k)")))
+
+
+class GatedMLP(nn.Module):
+    """fc2(GELU(gate) * value), gate and value from one product."""
+
+    def __init__(self, width: int, hidden: int, dropout: float):
+        super().__init__()
+        self.fc1, self.fc2 = Linear(width, 2 * hidden), Linear(hidden, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x_RLD: Tensor) -> Tensor:
+        gate, value = self.fc1(x_RLD).chunk(2, dim=-1)
+        return self.dropout(self.fc2(self.dropout(F.gelu(gate) * value)))
+
+
+class Block(nn.Module):
+    """Attention and MLP behind norms without weights; a condition scales, shifts and gates both."""
+
+    def __init__(self, width: int, num_heads: int, hidden: int, attn_dropout: float, proj_dropout: float):
+        super().__init__()
+        self.ada_lin = Linear(width, NUM_MODULATIONS * width)
+        self.attn = Attention(width, num_heads, attn_dropout, proj_dropout)
+        self.mlp = GatedMLP(width, hidden, proj_dropout)
+
+    def forward(self, x_RLD, modulation_RLM: Tensor, rotary_2LK, mask=None, cache=None, layer: int = 0) -> Tensor:
+        """`modulation_RLM` is what `ada_lin` gave, for each token [R, L, 6D] or each row [R, 1, 6D]."""
+        gate1, gate2, scale1, scale2, shift1, shift2 = modulation_RLM.chunk(NUM_MODULATIONS, dim=-1)
+        attended = self.attn(torch.addcmul(shift1, rms_norm(x_RLD), 1 + scale1), rotary_2LK, mask, cache, layer)
+        x_RLD = torch.addcmul(x_RLD, gate1, attended)
+        return torch.addcmul(x_RLD, gate2, self.mlp(torch.addcmul(shift2, rms_norm(x_RLD), 1 + scale2)))
+
+
+class XARTransformer(nn.Module):
+    """Latent tokens in, velocities out. Both stacks see the same positions, mask and condition."""
+
+    def __init__(
+        self, channels: int, num_tokens: int, width: int, depths: tuple[int, int], num_heads: int, hidden: int,
+        num_classes: int, attn_dropout: float, proj_dropout: float,
+    ):  # fmt: skip
+        super().__init__()
+        self.num_heads, self.first_depth = num_heads, depths[0]
+        self.class_emb = nn.Embedding(num_classes + 1, width)
+        self.time_mlp = nn.Sequential(Linear(TIME_FEATURES, width), nn.SiLU(), Linear(width, width))
+        self.z_proj = Linear(channels, width)
+        self.encoder_pos_embed = nn.Parameter(torch.empty(1, num_tokens, width))
+        self.z_norm = nn.Parameter(torch.ones(width))
+        self.blocks = nn.ModuleList(
+            Block(width, num_heads, hidden, attn_dropout, proj_dropout) for _ in range(sum(depths))
+        )
+        self.encoder_norm = nn.Parameter(torch.ones(width))
+        self.decoder_embed = Linear(width, width)
+        self.decoder_pos_embed = nn.Parameter(torch.empty(1, num_tokens, width))
+        self.decoder_norm = nn.Parameter(torch.ones(width))
+        self.pred = Linear(width, channels)
+        for embedding in (self.class_emb.weight, self.encoder_pos_embed, self.decoder_pos_embed):
+            nn.init.normal_(embedding, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def condition(self, labels: Tensor, time_index: Tensor) -> Tensor:
+        """SiLU of the condition [..., D] for class numbers and times 0..1000 (int64, broadcast against each other)."""
+        dtype = compute_dtype(self.pred.weight.dtype, self.pred.weight.device)
+        features = self.time_mlp(time_features(time_index).to(dtype))
+        return F.silu(self.class_emb(labels).to(dtype) + features)
+
+    def modulations(self, condition: Tensor) -> list[Tensor]:
+        """What each block makes of a condition: [..., 6D] a block."""
+        return [block.ada_lin(condition) for block in self.blocks]
+
+    def forward(
+        self,
+        x_RLC: Tensor,
+        modulations: list[Tensor],
+        rotary_2LK: Tensor,
+        tokens: slice,
+        mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Velocities [R, L, C] of the tokens at the places `tokens` of the sequence.
+
+        modulations: one [R, L, 6D] or [R, 1, 6D] for each block. mask: what each token may see (everything, if None).
+        cache: finished entities that all tokens see, too.
+        """
+        dtype = compute_dtype(self.pred.weight.dtype, self.pred.weight.device)
+        h_RLD = self.z_proj(x_RLC.to(dtype)) + widened(self.encoder_pos_embed[:, tokens], x_RLC)
+        h_RLD = rms_norm(h_RLD, self.z_norm)
+        for layer, (block, modulation) in enumerate(zip(self.blocks, modulations, strict=True)):
+            if layer == self.first_depth:
+                h_RLD = self.decoder_embed(rms_norm(h_RLD, self.encoder_norm))
+                h_RLD = h_RLD + widened(self.decoder_pos_embed[:, tokens], h_RLD)
+            h_RLD = block(h_RLD, modulation, rotary_2LK, mask, cache, layer)
+        return self.pred(rms_norm(h_RLD, self.decoder_norm)).float()
+
+
+def time_features(time_index: Tensor) -> Tensor:
+    """128 cosines, then 128 sines of a time index (int64): fp32 [..., 256]."""
+    half = TIME_FEATURES // 2
+    frequencies = torch.exp(-math.log(10000) * torch.arange(half, device=time_index.device).float() / half)
+    angles = time_index[..., None].float() * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
