@@ -117,14 +117,16 @@ class XAR(ImageGenerator):
             raise InvalidInput(f"embed_dim {embed_dim} is not divisible by {num_heads} heads")
         if min(encoder_depth, decoder_depth) < 1:
             raise InvalidInput(f"both stacks need a block, not {encoder_depth} and {decoder_depth}")
-        self.entities = Layout.make(layout, grid, layout_size)
+        with torch.device("cpu"):  # loading builds models on the meta device, and what follows comes from no file
+            self.entities = Layout.make(layout, grid, layout_size)
+            rotary, visible = self.entities.rotary(embed_dim // num_heads), self.entities.visible()
         self.transformer = XARTransformer(
             latent_channels, self.entities.num_tokens, embed_dim, (encoder_depth, decoder_depth), num_heads,
             int(embed_dim * mlp_ratio * 2 / 3), num_classes, attn_dropout, proj_dropout,
         )  # fmt: skip
         # Derived from the layout, so not part of a checkpoint.
-        self.register_buffer("rotary", self.entities.rotary(embed_dim // num_heads), persistent=False)
-        self.register_buffer("visible", self.entities.visible(), persistent=False)
+        self.register_buffer("rotary", rotary, persistent=False)
+        self.register_buffer("visible", visible, persistent=False)
 
     @property
     def num_units(self) -> int:
