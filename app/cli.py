@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from ..core.errors import MediatokError
-from . import cli_codec, cli_measure, cli_models
+from . import cli_codec, cli_generate, cli_measure, cli_models
 from .cli_jobs import one_line
 
 DEBUG_VARIABLE = "MEDIATOK_DEBUG"  # set it to see the traceback behind an error line
@@ -33,6 +33,7 @@ for command in (
     cli_codec.encode,
     cli_codec.decode,
     cli_codec.reconstruct,
+    cli_generate.generate,
     cli_models.info,
     cli_models.models,
     cli_measure.evaluate,

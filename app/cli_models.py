@@ -22,9 +22,35 @@ def load_tokenizer(name: str, device: str = "cpu", dtype: str = "float32"):
     check_device(device)
     from ..core import registry
 
-    model = registry.load(name, device=device, dtype=dtype)
+    entry = registry.find_entry(name)
+    model = None
+    if entry is None or entry.kind != "generator":  # else refused without reading its weights
+        model = registry.load(name, device=device, dtype=dtype)
+    if model is None or hasattr(model, "generate"):
+        raise InvalidInput(
+            f"{name} is a generator, and this takes a tokenizer, such as titok-tiny; `mediatok generate {name}` makes "
+            "pictures with it"
+        )
     if not hasattr(model, "encode") or getattr(model, "modality", None) != "image":
         raise InvalidInput(f"{name} is not an image tokenizer; `mediatok models` lists them")
+    return model
+
+
+def load_generator(name: str, device: str = "cpu", dtype: str = "float32"):
+    """The generator called `name` (registry name, folder or hub id), on a device that exists."""
+    check_device(device)
+    from ..core import registry
+
+    known = [entry.name for entry in registry.models() if entry.kind == "generator"]
+    entry = registry.find_entry(name)
+    if entry is None and "/" not in name and not Path(name).exists():
+        raise ModelNotFound(f"{name!r} is neither a known generator nor a folder here.{nearest_names(name, known)}")
+    model = None
+    if entry is None or entry.kind == "generator":  # else refused without reading its weights
+        model = registry.load(name, device=device, dtype=dtype)
+    if not hasattr(model, "generate"):
+        hint = nearest_names(f"maskgit-{name}", known) or f" The generators are {', '.join(known)}."
+        raise InvalidInput(f"{name} is a tokenizer, and this takes a generator.{hint}")
     return model
 
 
@@ -49,6 +75,7 @@ def models(as_json: AsJson = False) -> None:
     rows = [
         {
             "name": entry.name,
+            "kind": entry.kind,
             "system": entry.class_name,
             "modality": entry.modality,
             "parameters": entry.parameters,
@@ -62,7 +89,7 @@ def models(as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    columns = ("name", "system", "parameters", "licence", "status", "description")
+    columns = ("name", "kind", "system", "parameters", "licence", "status", "description")
     table = [columns, *(tuple(_cell(column, row[column]) for column in columns) for row in rows)]
     widths = [max(len(line[i]) for line in table) for i in range(len(columns))]
     for line in table:
@@ -131,15 +158,13 @@ def describe_model(given: Path) -> dict[str, Any]:
             return record | {"parameters": entry.parameters, "config": registry.constructor_arguments(entry)}
     model = registry.load(name)
     config = {key: value for key, value in dict(model.config).items() if not key.startswith("_")}
-    return record | {
-        "class": type(model).__name__,
-        "fingerprint": model.fingerprint,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "vocab_size": model.vocab_size,
-        "max_tokens": model.max_tokens,
-        "variable_length": model.is_variable_length,
-        "config": config,
-    }
+    record |= {"class": type(model).__name__, "parameters": sum(parameter.numel() for parameter in model.parameters())}
+    if hasattr(model, "generate"):
+        record |= {"classes": config["num_classes"], "tokenizer": config["tokenizer"], "units": model.num_units}
+        return record | {"config": config}
+    record |= {"fingerprint": model.fingerprint}
+    record |= {} if model.is_continuous else {"vocab_size": model.vocab_size}
+    return record | {"max_tokens": model.max_tokens, "variable_length": model.is_variable_length, "config": config}
 
 
 def _cell(column: str, value: object) -> str:

@@ -10,13 +10,14 @@ import math
 import re
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from .errors import InvalidInput, LimitExceeded, MediatokError
@@ -126,11 +127,19 @@ def fit_square(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def write_image(image: Image.Image, path: str | Path) -> None:
-    """Write a picture, whole or not at all, in the format of its suffix: PNG, lossless WebP, BMP, JPEG quality 95."""
+def write_image(image: Image.Image, path: str | Path, text: Mapping[str, str] | None = None) -> None:
+    """Write a picture, whole or not at all, in the format of its suffix: PNG, lossless WebP, BMP, JPEG quality 95.
+
+    `text` goes into the text fields of a PNG; the other formats have none.
+    """
     options = WRITERS.get(Path(path).suffix.lower())
     if options is None:
         raise InvalidInput(f"{shown(path)}: pictures are written as {', '.join(WRITERS)}; choose one of these suffixes")
+    if text and options["format"] == "PNG":
+        fields = PngInfo()
+        for name, value in text.items():
+            fields.add_itxt(name, value) if not value.isascii() else fields.add_text(name, value)
+        options = options | {"pnginfo": fields}
     with atomic_write(path) as temporary:
         try:
             image.save(temporary, **options)
