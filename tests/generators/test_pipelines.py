@@ -1,0 +1,195 @@
+"""The generators as diffusers pipelines: saved whole, loaded in three ways, reproducible, interruptible."""
+
+import os
+import subprocess
+import sys
+
+import mediatok as mt
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from mediatok.core import generator as base
+from mediatok.generators.maskgit import MaskGIT
+from mediatok.generators.xar import XAR
+from mediatok.tokenizers.image.kl_vae import KLAutoencoder
+from mediatok.tokenizers.image.titok import TiTok
+
+NAMES = ("animals", "food", "flags")
+CLASSES = {"num_classes": 3, "label_names": NAMES}
+KINDS = ("maskgit", "xar")
+
+
+def make(kind: str):
+    """A small generator of 16 x 16 pictures with random weights, and its tokenizer."""
+    torch.manual_seed(0)
+    if kind == "maskgit":
+        tokenizer = TiTok(
+            image_size=16, encoder_patch_size=8, decoder_patch_size=8, num_latent_tokens=4, token_size=4,
+            codebook_size=32, is_legacy=False, has_pixel_decoder=False, encoder_width=32, encoder_depth=1,
+            encoder_heads=2, decoder_width=32, decoder_depth=1, decoder_heads=2,
+        )  # fmt: skip
+        generator = MaskGIT(
+            hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, codebook_size=32,
+            num_tokens=4, tokenizer_fingerprint=tokenizer.fingerprint, num_steps=3, **CLASSES,
+        )  # fmt: skip
+    else:
+        tokenizer = KLAutoencoder(
+            image_size=16, latent_channels=2, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4
+        )
+        generator = XAR(
+            layout_size=4, grid=8, latent_channels=2, embed_dim=32, encoder_depth=1, decoder_depth=1, num_heads=2,
+            tokenizer_fingerprint=tokenizer.fingerprint, num_steps=2, **CLASSES,
+        )  # fmt: skip
+    generator.eval().use_tokenizer(tokenizer.eval())
+    return generator
+
+
+def pipeline(kind: str):
+    cls = {"maskgit": mt.MaskGITPipeline, "xar": mt.XARPipeline}[kind]
+    pipe = cls.from_generator(make(kind))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def seeded(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+@pytest.fixture(params=KINDS)
+def pipe(request):
+    return pipeline(request.param)
+
+
+def arrays(images):
+    return [np.array(image).tolist() for image in images]
+
+
+def test_same_pictures_as_the_generator(pipe):
+    labels = ["food", 2, None]
+    ours = pipe.generator.generate(labels, seed=[4, 9, 4], steps=3, guidance=2.0)
+    theirs = pipe(labels, generator=seeded(4, 9, 4), num_inference_steps=3, guidance_scale=2.0)
+    assert arrays(theirs.images) == arrays(ours)
+    (images,) = pipe("food", generator=seeded(4)[0], num_inference_steps=3, guidance_scale=2.0, return_dict=False)
+    assert arrays(images) == arrays(ours[:1])
+
+
+def test_one_generator_for_several_pictures(pipe):
+    def run(seed):
+        return pipe([0, 1], num_images_per_prompt=2, generator=seeded(seed)[0], output_type="pt").images
+
+    first = run(3)
+    assert first.shape == (4, 3, 16, 16)
+    assert torch.equal(run(3), first)
+    assert not torch.equal(run(4), first)
+    assert not torch.equal(first[0], first[1])
+
+
+def test_output_types(pipe):
+    pixels = pipe(1, generator=seeded(0), output_type="pt").images
+    assert pixels.dtype == torch.float32
+    assert 0 <= float(pixels.min()) <= float(pixels.max()) <= 1
+    array = pipe(1, generator=seeded(0), output_type="np").images
+    assert array.shape == (1, 16, 16, 3)
+    assert np.array_equal(array[0].transpose(2, 0, 1), pixels[0].numpy())
+    assert pipe(1, generator=seeded(0)).images[0].size == (16, 16)
+
+
+def test_saved_and_loaded_whole(pipe, tmp_path):
+    expected = arrays(pipe([0, 1], generator=seeded(1, 2)).images)
+    pipe.save_pretrained(tmp_path / "saved")
+    index = pipe.load_config(tmp_path / "saved")
+    assert index["generator"] == ["mediatok", type(pipe.generator).__name__]
+    for loader in (type(pipe), DiffusionPipeline):
+        loaded = loader.from_pretrained(tmp_path / "saved")
+        loaded.set_progress_bar_config(disable=True)
+        assert type(loaded) is type(pipe)
+        assert arrays(loaded([0, 1], generator=seeded(1, 2)).images) == expected
+    loaded.to(torch.bfloat16)
+    assert loaded.generator.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loading_where_nothing_is_imported_yet(kind, tmp_path):
+    pipeline(kind).save_pretrained(tmp_path / "saved")
+    code = (
+        "from diffusers import DiffusionPipeline as P;"
+        "pipe = P.from_pretrained('saved', custom_pipeline='pipeline', trust_remote_code=True);"
+        "print(type(pipe).__module__, pipe(1).images[0].size)"
+    )
+    environment = os.environ | {"HF_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split(maxsplit=1) == ["mediatok.generators.pipelines", "(16, 16)\n"]
+
+
+def test_callback_sees_every_step_and_can_interrupt(pipe):
+    seen = []
+
+    def note(pipe, step, timestep, kwargs):
+        seen.append((step, timestep, kwargs["content"]))
+        return kwargs
+
+    whole = pipe(1, generator=seeded(0), callback_on_step_end=note, output_type="pt").images
+    steps = len(seen)
+    assert [step for step, _, _ in seen] == list(range(steps))
+    assert [timestep for _, timestep, _ in seen] == pytest.approx([1 - (i + 1) / steps for i in range(steps)])
+    with torch.inference_mode():
+        assert torch.equal(pipe.generator.decode_content(seen[-1][2]).clamp(0, 1), whole)
+    first_content = next(step for step, _, content in seen if content is not None)
+    seen.clear()
+
+    def stop(pipe, step, timestep, kwargs):
+        seen.append(step)
+        pipe._interrupt = step == first_content
+        return kwargs
+
+    assert pipe(1, generator=seeded(0), callback_on_step_end=stop, output_type="pt").images.shape == whole.shape
+    assert seen[-1] == first_content
+
+    def fail(pipe, step, timestep, kwargs):
+        raise mt.Cancelled("enough")
+
+    with pytest.raises(mt.Cancelled):
+        pipe(1, callback_on_step_end=fail)
+
+
+def test_progress_bar(pipe, capsys):
+    pipe.set_progress_bar_config(disable=False)
+    pipe(1)
+    assert "100%" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"class_labels": "fod"}, "Did you mean 'food'"),
+        ({"class_labels": 3}, "label 3 is out of range"),
+        ({"num_inference_steps": 0}, "steps=0 must be a whole number"),
+        ({"guidance_scale": float("nan")}, "guidance=nan must be"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt=0"),
+        ({"output_type": "jpg"}, "output_type='jpg'"),
+        ({"generator": seeded(1, 2)}, "2 generators for 1 pictures"),
+        ({"generator": 5}, "torch.Generators, not int"),
+        ({"speed": 5}, "no option 'speed'"),
+    ],
+)
+def test_bad_input(options, words):
+    with pytest.raises(mt.InvalidInput, match=words):
+        pipeline("maskgit")(**{"class_labels": 1} | options)
+
+
+def test_memory(pipe, monkeypatch):
+    monkeypatch.setattr(base, "available_memory", lambda device: 2 * pipe.generator.bytes_per_image())
+    with pytest.raises(mt.LimitExceeded, match="batch_size=2"):
+        pipe([0] * 3)
+
+
+def test_components_must_match():
+    generator = make("maskgit")
+    with pytest.raises(mt.TokenizerMismatch):
+        mt.MaskGITPipeline(generator, mt.create("titok-tiny"))
+    with pytest.raises(mt.TokenizerMismatch):
+        mt.XARPipeline(make("xar"), generator.tokenizer)
