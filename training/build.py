@@ -29,9 +29,9 @@ def build_model(recipe: ModelRecipe, config: dict | None = None):
 
 def _build(recipe: ModelRecipe, config: dict | None):
     if config is not None:
-        return _construct(recipe.class_name, config)
+        return construct(recipe.class_name, config)
     if recipe.init_from is None:
-        model = _construct(recipe.class_name, _fresh_config(recipe))
+        model = construct(recipe.class_name, _fresh_config(recipe))
         if recipe.aligned_start:
             align_latents(model)
         return model
@@ -40,13 +40,13 @@ def _build(recipe: ModelRecipe, config: dict | None):
     model = load(str(recipe.init_from))
     source_class = type(model).__name__
     if source_class == "TiTok" and recipe.class_name == "OneDPiece":
-        piece = _construct("OneDPiece", _config_of(model) | recipe.config)
+        piece = construct("OneDPiece", config_of(model) | recipe.config)
         reorder_coarse_to_fine(model, piece)
         return piece
     if source_class != recipe.class_name:
         raise InvalidRecipe(f"model.init_from holds a {source_class}, model.class_name is {recipe.class_name}")
     if recipe.config:  # a finished model has dead-code revival off; the recipe can switch it on again
-        weights, model = model.state_dict(), _construct(source_class, _config_of(model) | recipe.config)
+        weights, model = model.state_dict(), construct(source_class, config_of(model) | recipe.config)
         model.load_state_dict(weights, strict=False)  # the running code usage starts anew
     if recipe.stage == "2" and recipe.class_name != "KLAutoencoder" and not model.config.has_pixel_decoder:
         if recipe.vqgan is None:
@@ -67,11 +67,12 @@ def make_accelerator(mixed_precision: str) -> Accelerator:
         raise InvalidRecipe(f"run.mixed_precision {mixed_precision!r}: {error}") from error
     if accelerator.distributed_type not in DATA_PARALLEL:
         kind = accelerator.distributed_type.value
-        raise InvalidRecipe(f"accelerate is set to {kind}; tokenizers train in one process or with DDP")
+        raise InvalidRecipe(f"accelerate is set to {kind}; training runs in one process or with DDP")
     return accelerator
 
 
-def _config_of(model) -> dict:
+def config_of(model) -> dict:
+    """Constructor arguments that `model` was built with."""
     return {key: value for key, value in dict(model.config).items() if not key.startswith("_")}
 
 
@@ -100,7 +101,8 @@ def _fresh_config(recipe: ModelRecipe) -> dict:
     return config | recipe.config
 
 
-def _construct(class_name: str, config: dict):
+def construct(class_name: str, config: dict):
+    """A random model of ours; InvalidRecipe for arguments that it does not have or that cannot be."""
     cls = model_class(class_name)
     known = list(inspect.signature(cls.__init__).parameters)[1:]
     for key in config:

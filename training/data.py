@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
@@ -88,6 +88,21 @@ def open_source(path: str, split: str | None = None) -> PictureSource:
     return ImageFolder(path, split)
 
 
+class SampleOrder:
+    """Which picture of `source` comes at which place of the endless sample order of `seed`."""
+
+    def __init__(self, source: PictureSource, seed: int):
+        self.source, self.seed = source, seed
+        self._epoch = lru_cache(maxsize=2)(self._shuffle)
+
+    def index(self, position: int) -> int:
+        epoch, place = divmod(position, len(self.source))
+        return int(self._epoch(epoch)[place])
+
+    def _shuffle(self, epoch: int) -> np.ndarray:
+        return self.source.order(np.random.default_rng([self.seed, epoch, 0]))
+
+
 class TrainingPictures(Dataset):
     """Item `position` is the augmented picture of that place in the endless sample order of `seed`.
 
@@ -98,21 +113,17 @@ class TrainingPictures(Dataset):
         self.source, self.recipe, self.image_size, self.seed = source, recipe, image_size, seed
         # Pictures are kept just large enough for the smallest crop to have `image_size` pixels.
         self.stored_side = math.ceil(image_size / recipe.min_scale)
-        self._order = lru_cache(maxsize=2)(self._shuffle)
+        self.order = SampleOrder(source, seed)
         fits = len(source) * 3 * self.stored_side**2 <= recipe.memory_mib * 2**20
         self._pictures = None
         if fits if recipe.in_memory is None else recipe.in_memory:
             self._pictures = [self._read(index) for index in range(len(source))]
 
     def __getitem__(self, position: int) -> tuple[Tensor, str]:
-        epoch, place = divmod(position, len(self.source))
-        index = int(self._order(epoch)[place])
+        index = self.order.index(position)
         picture, caption = self._read(index) if self._pictures is None else self._pictures[index]
         rng = np.random.default_rng([self.seed, position, 1])
         return torch.from_numpy(self._augment(picture, rng)).permute(2, 0, 1), caption
-
-    def _shuffle(self, epoch: int) -> np.ndarray:
-        return self.source.order(np.random.default_rng([self.seed, epoch, 0]))
 
     def _read(self, index: int) -> tuple[np.ndarray, str]:
         """Picture `index` as uint8 [H, W, 3] with its shorter edge between `image_size` and `stored_side`.
@@ -193,8 +204,13 @@ def _collate(items: list[tuple[Tensor, str]]) -> tuple[Tensor, list[str]]:
 
 def validation_pictures(source: PictureSource, image_size: int, limit: int) -> tuple[Tensor, list[str]]:
     """The first `limit` pictures, resized and centre-cropped: uint8 [V, 3, S, S] and their captions."""
+    return centre_crops(source, image_size, range(min(len(source), limit)))
+
+
+def centre_crops(source: PictureSource, image_size: int, indices: Iterable[int]) -> tuple[Tensor, list[str]]:
+    """Pictures `indices`, resized and centre-cropped: uint8 [V, 3, S, S] and their captions."""
     items = []
-    for index in range(min(len(source), limit)):
+    for index in indices:
         image, caption = source.read(index)
         square = torch.from_numpy(np.array(fit_square(image, image_size)))
         items.append((square.permute(2, 0, 1).contiguous(), caption))

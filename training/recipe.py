@@ -103,11 +103,12 @@ class LossRecipe(Section):
 
 
 class OptimizerRecipe(Section):
-    """AdamW with linear warm-up and a cosine to `end_lr` over all steps."""
+    """AdamW with linear warm-up, the full rate until step `hold_steps`, and a cosine to `end_lr` at the last step."""
 
     lr: Annotated[float, Field(gt=0)] = 1e-4
     end_lr: Weight = 1e-5
     warmup_steps: Count = 10_000
+    hold_steps: Count = 0
     betas: tuple[Fraction, Fraction] = (0.9, 0.99)
     weight_decay: Weight = 1e-4
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
@@ -151,12 +152,22 @@ class Recipe(Section):
         return self
 
 
-def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = (), schema: type[Section] = Recipe):
     """Read and check the recipe at `path`, with `section.key=value` overrides (values are YAML).
+
+    `schema` is what the recipe is: a `Recipe` of a tokenizer or a `GeneratorRecipe`.
 
     Raises:
         InvalidRecipe: unreadable file, unknown key (with the nearest right one) or a value of the wrong kind.
     """
+    values = read_recipe(path)
+    for override in overrides:
+        _apply_override(values, override)
+    return check_recipe(values, schema)
+
+
+def read_recipe(path: str | Path) -> dict:
+    """The plain values of the recipe at `path`."""
     path = Path(path)
     if not path.is_file():
         known = [p.name for p in (Path(__file__).parent.parent / "recipes").glob("*.yaml")]
@@ -169,17 +180,15 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise InvalidRecipe(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise InvalidRecipe(f"recipe {path} must be a mapping of sections")
-    for override in overrides:
-        _apply_override(values, override)
-    return check_recipe(values)
+    return values
 
 
-def check_recipe(values: dict) -> Recipe:
-    """Turn plain `values` into a `Recipe`, or raise InvalidRecipe with one line that says what is wrong."""
+def check_recipe(values: dict, schema: type[Section] = Recipe):
+    """Turn plain `values` into a recipe, or raise InvalidRecipe with one line that says what is wrong."""
     try:
-        return Recipe.model_validate(values)
+        return schema.model_validate(values)
     except ValidationError as error:
-        raise InvalidRecipe("; ".join(_explain(item) for item in error.errors())) from error
+        raise InvalidRecipe("; ".join(_explain(item, schema) for item in error.errors())) from error
 
 
 def _apply_override(values: dict, override: str) -> None:
@@ -197,11 +206,11 @@ def _apply_override(values: dict, override: str) -> None:
         raise InvalidRecipe(f"override {override!r}: {' '.join(str(error).split())}") from error
 
 
-def _explain(item: dict) -> str:
+def _explain(item: dict, schema: type[Section]) -> str:
     where = ".".join(str(part) for part in item["loc"])
     if item["type"] != "extra_forbidden":
         return f"{where or 'recipe'}: {item['msg'].removeprefix('Value error, ')} (got {item['input']!r:.80})"
-    section: Any = Recipe
+    section: Any = schema
     for part in item["loc"][:-1]:
         section = section.model_fields[part].annotation
     return f"unknown key {where}.{nearest_names(str(item['loc'][-1]), list(section.model_fields))}"

@@ -1,9 +1,9 @@
-"""Learning rate, weight decay groups and the averaged weights of tokenizer training."""
+"""Learning rate, weight decay groups and the averaged weights of training."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 
 import torch
@@ -14,14 +14,20 @@ NO_DECAY = ("ln", "bias", "latent_tokens", "mask_token", "embedding", "norm", "g
 NO_DECAY_TITOK = (*NO_DECAY, "embed")
 
 
-def cosine_lr(step: int, base_lr: float, end_lr: float, warmup_steps: int, total_steps: int) -> float:
-    """Learning rate of update `step` (from 0): linear warm-up from 0, then a cosine down to `end_lr` at `total_steps`.
+def cosine_lr(
+    step: int, base_lr: float, end_lr: float, warmup_steps: int, total_steps: int, hold_steps: int = 0
+) -> float:
+    """Learning rate of update `step` (from 0): linear warm-up from 0, `base_lr` until step `hold_steps`, then a cosine
+    down to `end_lr` at `total_steps`.
 
     A pure function of the update count: how many processes take part does not matter.
     """
     if step < warmup_steps:
         return base_lr * step / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    start = max(warmup_steps, hold_steps)
+    if step < start:
+        return base_lr
+    progress = (step - start) / max(1, total_steps - start)
     return end_lr + (base_lr - end_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
@@ -31,12 +37,18 @@ def make_optimizer(
     betas: tuple[float, float],
     weight_decay: float,
     no_decay: tuple[str, ...] = NO_DECAY_TITOK,
+    is_decayed: Callable[[str, nn.Parameter], bool] | None = None,
 ) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; vectors and names of `no_decay` are not decayed."""
+    """AdamW over the trainable parameters.
+
+    `is_decayed(name, parameter)` says which are decayed; without it, all but vectors and names of `no_decay`.
+    """
     decayed, plain = [], []
     for name, parameter in named_parameters:
         if parameter.requires_grad:
             is_plain = parameter.ndim < 2 or any(part in name for part in no_decay)
+            if is_decayed is not None:
+                is_plain = not is_decayed(name, parameter)
             (plain if is_plain else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=betas, fused=True)

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ..core.images import to_pil
@@ -41,10 +42,13 @@ class Tracker:
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         logger.info("step %d  %s", step, "  ".join(f"{name} {value:.4g}" for name, value in values.items()))
 
-    def samples(self, step: int, real_B3HW: Tensor, fake_B3HW: Tensor) -> None:
+    def pairs(self, step: int, real_B3HW: Tensor, fake_B3HW: Tensor) -> None:
         """Originals in the upper row, reconstructions below."""
-        rows = [torch.cat(list(row.cpu()), dim=-1) for row in (real_B3HW, fake_B3HW.clamp(0, 1))]
-        grid = torch.cat(rows, dim=-2)
+        self.grid(step, torch.stack([real_B3HW.cpu(), fake_B3HW.cpu()]))
+
+    def grid(self, step: int, pictures_RC3HW: Tensor) -> None:
+        """Pictures in R rows and C columns."""
+        grid = rearrange(pictures_RC3HW.clamp(0, 1), "r c d h w -> d (r h) (c w)")
         self.writer.add_image("samples", grid, step)
         path = self.folder / "samples" / f"step_{step:08d}.png"
         path.parent.mkdir(exist_ok=True)

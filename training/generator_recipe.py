@@ -1,0 +1,66 @@
+"""Recipes of generators; see `recipe.py` for how they are read and checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from .recipe import DataRecipe, OptimizerRecipe, RunRecipe, Section, Weight, load_recipe
+
+
+class GeneratorModelRecipe(Section):
+    """Which generator is trained.
+
+    config: arguments of the class, over those of `like`; what follows from the tokenizer and the labels is filled in.
+    like: a name from `mediatok models` whose sizes are taken. init_from: a folder in our layout to start from.
+    """
+
+    class_name: Literal["MaskGIT", "XAR"]
+    like: str | None = None
+    config: dict[str, Any] = {}  # noqa: RUF012
+    init_from: Path | None = None
+
+
+class GeneratorDataRecipe(DataRecipe):
+    """Pictures with labels, in image folders.
+
+    labels: a JSON file {file stem: {field: value, ...}}; without it a picture's class is the name of its folder.
+    label_fields: the fields that classes are taken from, the first one's classes first. A picture's label is drawn
+    among its fields at each visit. Pictures without a label train the "no class" one.
+    label_weights: how often pictures of a class are visited, relative to 1, by name of a class of the first field.
+    encode: "pretokenize" encodes every picture and its mirror image once (and crops nothing but the centre);
+    "on_the_fly" encodes augmented pictures at each visit.
+    """
+
+    labels: Path | None = None
+    label_fields: tuple[str, ...] = ("category",)
+    label_weights: dict[str, Weight] = {}  # noqa: RUF012
+    encode: Literal["pretokenize", "on_the_fly"] = "pretokenize"
+
+
+class GeneratorRecipe(Section):
+    """One run; `output` is its folder. tokenizer: a name or a folder of ours; it stays as it is."""
+
+    name: str
+    output: Path
+    model: GeneratorModelRecipe
+    tokenizer: Annotated[str, Field(min_length=1)]
+    data: GeneratorDataRecipe
+    optimizer: OptimizerRecipe = OptimizerRecipe()
+    run: RunRecipe = RunRecipe()
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if max(self.optimizer.warmup_steps, self.optimizer.hold_steps) >= self.run.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps {self.optimizer.warmup_steps} and hold_steps {self.optimizer.hold_steps} "
+                f"must be below run.steps {self.run.steps}"
+            )
+        return self
+
+
+def load_generator_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> GeneratorRecipe:
+    """Read and check the recipe at `path`; see `load_recipe`."""
+    return load_recipe(path, overrides, GeneratorRecipe)
