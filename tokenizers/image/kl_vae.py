@@ -83,7 +83,7 @@ class KLAutoencoder(ImageTokenizer):
 
     def encode_moments(self, pixels_B3HW: Tensor) -> Tensor:
         """Mean and log-variance [B, 2C, G, G] of the unscaled latents; each side becomes floor(side / downsampling)."""
-        return self.vae.quant_conv(self.vae.encoder(pixels_B3HW * 2 - 1))
+        return self.vae.quant_conv(self.vae.encoder((pixels_B3HW * 2 - 1).to(self.vae.dtype)))
 
     def encode_latents(
         self, pixels_B3HW: Tensor, generator: torch.Generator | None = None, sample: bool = False
@@ -114,4 +114,4 @@ class KLAutoencoder(ImageTokenizer):
         self.vae.register_to_config(scaling_factor=factor)
 
     def _decode(self, z_BCGG: Tensor) -> Tensor:
-        return (self.vae.decoder(self.vae.post_quant_conv(z_BCGG)) + 1) / 2
+        return (self.vae.decoder(self.vae.post_quant_conv(z_BCGG.to(self.vae.dtype))) + 1) / 2
