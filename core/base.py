@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
-from torch import Tensor
+from torch import Tensor, nn
 
 OnStep = Callable[..., None]  # on_step(step, total, preview=None); raise mt.Cancelled in it to stop
 
@@ -46,7 +46,8 @@ class Model(ModelMixin, ConfigMixin):
     def cast(self, dtype: torch.dtype) -> Self:
         """Convert to `dtype` in place, except what `_keep_in_fp32_modules` names."""
         for name, child in self.named_children():
-            child.to(torch.float32 if name in self._keep_in_fp32_modules else dtype)
+            # Not the `to` of a diffusers model, which warns about modules that are none.
+            nn.Module.to(child, torch.float32 if name in self._keep_in_fp32_modules else dtype)
         for parameter in self.parameters(recurse=False):
             parameter.data = parameter.data.to(dtype)
         return self

@@ -334,7 +334,7 @@ class ImageGenerator(Model):
         hint = f" Did you mean {' or '.join(map(repr, inside))}?" if inside else nearest_names(word, names)
         if num_classes <= FEW_LABELS:
             return f"{hint} {self.name} knows {', '.join(self.label_names)}."
-        return f"{hint} {self.name} knows {num_classes} classes."
+        return f"{hint} {self.name} knows {num_classes} classes (label_names, or --list-labels)."
 
     def _start(self, start, keep, num_images: int) -> tuple[Tensor | None, Tensor | None]:
         """`start` as content [N, ...] and `keep` as bool [N, U], both on the CPU; None, None to start from nothing."""
