@@ -10,46 +10,21 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from mediatok.core import generator as base
-from mediatok.generators.maskgit import MaskGIT
-from mediatok.generators.xar import XAR
-from mediatok.tokenizers.image.kl_vae import KLAutoencoder
-from mediatok.tokenizers.image.titok import TiTok
 
-NAMES = ("animals", "food", "flags")
-CLASSES = {"num_classes": 3, "label_names": NAMES}
 KINDS = ("maskgit", "xar")
 
 
-def make(kind: str):
-    """A small generator of 16 x 16 pictures with random weights, and its tokenizer."""
-    torch.manual_seed(0)
-    if kind == "maskgit":
-        tokenizer = TiTok(
-            image_size=16, encoder_patch_size=8, decoder_patch_size=8, num_latent_tokens=4, token_size=4,
-            codebook_size=32, is_legacy=False, has_pixel_decoder=False, encoder_width=32, encoder_depth=1,
-            encoder_heads=2, decoder_width=32, decoder_depth=1, decoder_heads=2,
-        )  # fmt: skip
-        generator = MaskGIT(
-            hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, codebook_size=32,
-            num_tokens=4, tokenizer_fingerprint=tokenizer.fingerprint, num_steps=3, **CLASSES,
-        )  # fmt: skip
-    else:
-        tokenizer = KLAutoencoder(
-            image_size=16, latent_channels=2, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4
-        )
-        generator = XAR(
-            layout_size=4, grid=8, latent_channels=2, embed_dim=32, encoder_depth=1, decoder_depth=1, num_heads=2,
-            tokenizer_fingerprint=tokenizer.fingerprint, num_steps=2, **CLASSES,
-        )  # fmt: skip
-    generator.eval().use_tokenizer(tokenizer.eval())
-    return generator
+@pytest.fixture
+def pipeline(make_small):
+    """Function from a kind to its pipeline."""
 
+    def make(kind: str):
+        cls = {"maskgit": mt.MaskGITPipeline, "xar": mt.XARPipeline}[kind]
+        pipe = cls.from_generator(make_small(kind))
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
 
-def pipeline(kind: str):
-    cls = {"maskgit": mt.MaskGITPipeline, "xar": mt.XARPipeline}[kind]
-    pipe = cls.from_generator(make(kind))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return make
 
 
 def seeded(*seeds):
@@ -57,7 +32,7 @@ def seeded(*seeds):
 
 
 @pytest.fixture(params=KINDS)
-def pipe(request):
+def pipe(request, pipeline):
     return pipeline(request.param)
 
 
@@ -110,7 +85,7 @@ def test_saved_and_loaded_whole(pipe, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_loading_where_nothing_is_imported_yet(kind, tmp_path):
+def test_loading_where_nothing_is_imported_yet(kind, pipeline, tmp_path):
     pipeline(kind).save_pretrained(tmp_path / "saved")
     code = (
         "from diffusers import DiffusionPipeline as P;"
@@ -176,7 +151,7 @@ def test_progress_bar(pipe, capsys):
         ({"speed": 5}, "no option 'speed'"),
     ],
 )
-def test_bad_input(options, words):
+def test_bad_input(pipeline, options, words):
     with pytest.raises(mt.InvalidInput, match=words):
         pipeline("maskgit")(**{"class_labels": 1} | options)
 
@@ -187,9 +162,9 @@ def test_memory(pipe, monkeypatch):
         pipe([0] * 3)
 
 
-def test_components_must_match():
-    generator = make("maskgit")
+def test_components_must_match(make_small):
+    generator = make_small("maskgit")
     with pytest.raises(mt.TokenizerMismatch):
         mt.MaskGITPipeline(generator, mt.create("titok-tiny"))
     with pytest.raises(mt.TokenizerMismatch):
-        mt.XARPipeline(make("xar"), generator.tokenizer)
+        mt.XARPipeline(make_small("xar"), generator.tokenizer)
