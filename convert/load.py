@@ -13,7 +13,7 @@ from ..core.errors import InvalidCheckpoint, ModelNotFound, nearest_names
 from ..core.registry import ENTRIES, ModelEntry, constructor_arguments, find_entry, model_class
 from ..core.strict import build
 from ..core.weights import WEIGHT_SUFFIXES, inside, read_config, read_state_dict
-from . import one_d_piece, titok
+from . import kl16_vae, maskgit, one_d_piece, titok, xar
 
 CONFIG_NAMES = ("config.json", "config.yaml", "config.yml")
 # Where releases keep their weights, best first: hub folders, training outputs (the EMA is what was released).
@@ -29,6 +29,9 @@ SYSTEMS = {
     "titok": titok.from_official,
     "one_d_piece": one_d_piece.from_official,
     "maskgit_vqgan": titok.vqgan_from_official,
+    "maskgit": maskgit.from_official,
+    "xar": xar.from_official,
+    "kl16_vae": kl16_vae.from_official,
 }
 
 
@@ -36,7 +39,8 @@ def from_official(system: str, config: Mapping[str, Any], state_dict: Mapping[st
     """Build our module from an official config and official keys.
 
     Args:
-        system: "titok" (TiTok, TA-TiTok, and their VQGAN and quantizer), "one_d_piece" or "maskgit_vqgan".
+        system: "titok" (TiTok, TA-TiTok, and their VQGAN and quantizer), "one_d_piece", "maskgit_vqgan", "maskgit"
+            (the generators of both), "xar", or "kl16_vae" (a plain diffusers.AutoencoderKL).
         config: the authors' config as plain data, or a parity case's config.json that holds it.
         state_dict: tensors by official key; they are copied as fp32.
 
@@ -88,17 +92,18 @@ def load_official(path: str | Path, name: str | None = None) -> nn.Module:
     config = _find_config(path) if path.is_dir() else None
     weights = _find_weights(path, config) if path.is_dir() else path
     entry = entry or _entry_of_file(weights.name)
+    state_dict = read_state_dict(weights)
+    entry = entry or _entry_of_weights(state_dict)
     if config is None and entry is None:
         raise ModelNotFound(
             f"{weights} does not say what it is: put its config.json or config.yaml beside it, or keep the released "
             "file name (such as tokenizer_titok_b64.bin)"
         )
-    state_dict = read_state_dict(weights)
     try:
         if config is not None:
             model = from_official(_system_of(config, state_dict), config, state_dict)
         else:
-            model = build(model_class(entry.class_name), constructor_arguments(entry), state_dict)
+            model = _of_entry(entry, state_dict)
     except InvalidCheckpoint as error:
         raise InvalidCheckpoint(f"{weights}: {error}") from None
     model.name = entry.name if entry else path.stem
@@ -107,11 +112,32 @@ def load_official(path: str | Path, name: str | None = None) -> nn.Module:
 
 def _system_of(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> str:
     if any(key.endswith("lm_head.weight") for key in state_dict):
-        raise InvalidCheckpoint("these are the weights of a generator, not of a tokenizer")
+        return "maskgit"
     model = config.get("model")
     if isinstance(model, Mapping) and model.get("type") == "one_d_piece":
         return "one_d_piece"
     return "titok"
+
+
+def _of_entry(entry: ModelEntry, state_dict: Mapping[str, Tensor]) -> nn.Module:
+    """The model of a release without a config."""
+    if entry.class_name == "XAR":
+        return xar.from_official({}, state_dict)
+    if entry.class_name == "KLAutoencoder":
+        return kl16_vae.tokenizer_from_official({}, state_dict)
+    if entry.class_name == "MaskGIT":
+        return maskgit.from_arguments(constructor_arguments(entry), state_dict)
+    return build(model_class(entry.class_name), constructor_arguments(entry), state_dict)
+
+
+def _entry_of_weights(state_dict: Mapping[str, Tensor]) -> ModelEntry | None:
+    """The release that the weights themselves tell."""
+    if "quant_conv.weight" in state_dict and "encoder.down.0.block.0.norm1.weight" in state_dict:
+        return find_entry("kl16")
+    if "z_proj_ln.weight" in state_dict and "class_emb.weight" in state_dict:
+        width = state_dict["class_emb.weight"].shape[-1]
+        return next((e for name, e in ENTRIES.items() if xar.WIDTHS.get(name) == width), None)
+    return None
 
 
 def _find_config(folder: Path) -> dict[str, Any] | None:
@@ -145,7 +171,7 @@ def _find_weights(folder: Path, config: Mapping[str, Any] | None) -> Path:
 
 def _entry_of_file(file_name: str) -> ModelEntry | None:
     """The released model that a file name tells: tokenizer_titok_b64.bin, titok_bl64_vae_c16.bin, ..."""
-    stem = re.sub(r"\.(bin|pt|pth|safetensors)$", "", file_name.lower()).replace("_", "-")
+    stem = re.sub(r"\.(bin|pt|pth|ckpt|safetensors)$", "", file_name.lower()).replace("_", "-")
     stem = stem.removeprefix("tokenizer-").removesuffix("-imagenet").removesuffix("-imagenet-f16-256")
-    entry = find_entry(stem)
+    entry = find_entry(re.sub("^generator-", "maskgit-", stem))
     return None if entry is None or entry.is_shipped else entry

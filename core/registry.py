@@ -33,6 +33,7 @@ class ModelEntry:
 
     parameters: exact count. hub_id: where the authors' weights are; None for models that ship with the package.
     hub_file: the one file to take from a hub repository that holds several models.
+    elsewhere: for released weights that no hub has, where they are.
     """
 
     name: str
@@ -42,6 +43,7 @@ class ModelEntry:
     description: str
     hub_id: str | None = None
     hub_file: str | None = None
+    elsewhere: str | None = None
     kind: str = "tokenizer"
     modality: str = "image"
 
@@ -52,13 +54,15 @@ class ModelEntry:
 
     @property
     def is_shipped(self) -> bool:
-        return self.hub_id is None
+        return self.hub_id is None and self.elsewhere is None
 
     @property
     def status(self) -> str:
         """ "shipped", "downloaded" (in the hub's cache) or "needs download"."""
         if self.is_shipped:
             return "shipped"
+        if self.hub_id is None:
+            return "needs download"
         from huggingface_hub import try_to_load_from_cache
 
         cached = any(
@@ -111,6 +115,38 @@ ENTRIES = {
         ModelEntry(
             "maskgit-vqgan", "MaskGitVQGAN", "Apache-2.0", 54_515_587, "256 px, 16x16 codes (TiTok's proxies)",
             hub_id="fun-research/TiTok", hub_file="maskgit-vqgan-imagenet-f16-256.bin",
+        ),
+        ModelEntry(
+            "kl16", "KLAutoencoder", "unspecified", 66_456_019, "256 px, continuous 16x16x16 latents (xAR's, of MAR)",
+            elsewhere="kl16.ckpt is behind the link in the download script of github.com/LTH14/mar",
+        ),
+        *(
+            ModelEntry(
+                f"maskgit-titok-{variant}", "MaskGIT", "Apache-2.0", parameters,
+                f"ImageNet 256 px over titok-{variant}, authors' gFID {fid}",
+                hub_id=f"yucornetto/generator_titok_{variant}_imagenet", kind="generator",
+            )
+            for variant, parameters, fid in (
+                ("l32", 177_200_896, "2.77"), ("b64", 177_225_472, "2.48"), ("s128", 294_990_848, "1.97")
+            )
+        ),
+        *(
+            ModelEntry(
+                f"maskgit-one-d-piece-{size.lower()}256", "MaskGIT", "Apache-2.0", 177_372_928,
+                f"ImageNet 256 px over one-d-piece-{size.lower()}256, authors' gFID {fid}",
+                hub_id=f"turing-motors/MaskGIT_One-D-Piece-{size}-256", kind="generator",
+            )
+            for size, fid in (("S", "2.67"), ("B", "2.70"), ("L", "2.35"))
+        ),
+        *(
+            ModelEntry(
+                f"xar-{size.lower()}", "XAR", "unspecified", parameters,
+                f"ImageNet 256 px over kl16, authors' FID {fid}",
+                hub_id="OliverRen/xAR", hub_file=f"xAR-{size}.pth", kind="generator",
+            )
+            for size, parameters, fid in (
+                ("B", 172_638_224, "1.72"), ("L", 608_397_968, "1.28"), ("H", 1_186_024_096, "1.24")
+            )
         ),
     )
 }  # fmt: skip
@@ -185,6 +221,10 @@ def load(name_or_path: str | Path, *, device: str | None = None, dtype: str = "f
     elif entry is not None and entry.is_shipped:
         model = _load_folder(entry.folder)
         model.name = entry.name
+    elif entry is not None and entry.hub_id is None:
+        raise ModelNotFound(
+            f"{entry.name} is on no hub: {entry.elsewhere}. Pass the downloaded file instead of the name."
+        )
     elif entry is not None or _looks_like_hub_id(str(name_or_path)):
         hub_id = entry.hub_id if entry else str(name_or_path)
         model = _load_path(_download(hub_id, entry.hub_file if entry else None), entry)

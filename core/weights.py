@@ -6,6 +6,7 @@ Configs: JSON or YAML of plain values. Whatever else is found raises InvalidChec
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import stat
@@ -21,12 +22,13 @@ from torch import Tensor
 
 from .errors import InvalidCheckpoint, ModelNotFound
 
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
 MAX_CONFIG_BYTES = 256 * 1024
 MAX_INDEX_BYTES = 16 * 1024 * 1024
 MAX_HEADER_BYTES = 16 * 1024 * 1024  # the largest released checkpoint needs about 0.1 MB
 MAX_CONFIG_DEPTH = 32
+NESTED = ("model_ema", "model", "state_dict")  # where training scripts put the weights, best first
 NUMBER_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32)
 
 # Keys by which loaders of other libraries build what a file names (hydra, jsonargparse, transformers, diffusers,
@@ -87,7 +89,9 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+            # Training scripts save their arguments beside the weights; a Namespace only holds values.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # whatever a hostile pickle makes torch raise; nothing of it has run
         # Torch's own message is left out: it advises loading the file unsafely.
         code = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -95,6 +99,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         raise InvalidCheckpoint(f"{path} is not a plain checkpoint of tensors: {reason}. It was not run.") from None
     if not isinstance(loaded, dict):
         raise InvalidCheckpoint(f"{path} holds a {type(loaded).__name__}, not a dict of tensors")
+    loaded = next((loaded[key] for key in NESTED if isinstance(loaded.get(key), dict)), loaded)
     return {_tensor_name(path, key): _plain_tensor(path, key, value) for key, value in loaded.items()}
 
 

@@ -187,7 +187,7 @@ class MaskGIT(ImageGenerator):
         weight_BN = torch.where(is_masked_BN, 1.0, self.config.loss_weight_unmasked_token)
         loss = (weight_BN * loss_BN).sum() / (weight_BN.sum() + 1e-8)
         is_right_BN = logits_BNC.detach().argmax(dim=-1) == ids_BN
-        accuracy = (is_right_BN & is_masked_BN).sum() / is_masked_BN.sum()
+        accuracy = ((is_right_BN & is_masked_BN).sum(dim=1) / is_masked_BN.sum(dim=1)).mean()
         return GeneratorOutput(loss, {"masked_accuracy": accuracy}), logits_BNC
 
     def is_decayed(self, name: str, parameter: nn.Parameter) -> bool:

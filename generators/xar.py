@@ -165,7 +165,7 @@ class XAR(ImageGenerator):
         return self.transformer(x_BTC, modulations, self.rotary, slice(None), mask)
 
     def is_decayed(self, name: str, parameter: nn.Parameter) -> bool:
-        """Whether weight decay applies: to all but vectors (so, as the authors have it, also to the position tables)."""
+        """Whether weight decay applies: to all but vectors (also to the position tables, as the authors have it)."""
         return parameter.ndim >= 2
 
     # Sampling (section 3.4).
@@ -324,7 +324,7 @@ class _Run:
             yield
 
     def skip(self, entity: int) -> None:
-        """Draw an entity's noise for nothing, so that the later ones' is the same whether others in the batch need it."""
+        """Draw an entity's noise for nothing: the later ones' is then the same whether others in the batch need it."""
         shape = (self.model.entities.sizes[entity], self.model.config.latent_channels)
         self.noise.start(entity, shape)
         if self.settings.sampler == "sde":

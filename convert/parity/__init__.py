@@ -27,6 +27,16 @@ KINDS = {
     ("titok", "training_utils"): ("titok_training", "replay_training_utils"),
     ("one_d_piece", "lengths"): ("one_d_piece", "replay_lengths"),
     ("one_d_piece", "stage1_train"): ("one_d_piece", "replay_stage1_train"),
+    ("maskgit", "vit"): ("maskgit", "replay_network"),
+    ("maskgit", "uvit"): ("maskgit", "replay_network"),
+    ("maskgit", "vit_train"): ("maskgit", "replay_training"),
+    ("maskgit", "uvit_train"): ("maskgit", "replay_training"),
+    ("maskgit", "end_to_end"): ("maskgit", "replay_end_to_end"),
+    ("xar", "training_loss"): ("xar", "replay_training"),
+    ("xar", "sampling"): ("xar", "replay_sampling"),
+    ("xar", "sampling_full_size"): ("xar", "replay_full_size"),
+    ("kl16_vae", "autoencoder"): ("kl16_vae", "replay_autoencoder"),
+    ("kl16_vae", "autoencoder_full_size"): ("kl16_vae", "replay_autoencoder"),
 }
 
 

@@ -115,3 +115,8 @@ class KLAutoencoder(ImageTokenizer):
 
     def _decode(self, z_BCGG: Tensor) -> Tensor:
         return (self.vae.decoder(self.vae.post_quant_conv(z_BCGG.to(self.vae.dtype))) + 1) / 2
+
+
+def released_configs() -> dict[str, dict]:
+    """Constructor arguments of the released models, by our name."""
+    return {"kl16": {}}
