@@ -13,11 +13,17 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 def run_training(recipe: str, changes: list[str], num_processes: int, accelerate_config: Path | None) -> int:
     """Launch the training and return its exit code. Recipes and changes are checked before anything heavy starts."""
+    from ..training.generator_recipe import is_generator_recipe, load_generator_recipe
     from ..training.recipe import load_recipe
 
     path = find_recipe(recipe)
-    load_recipe(path, changes)
-    command = launch_command(path, changes, num_processes, accelerate_config)
+    if is_generator_recipe(path):
+        load_generator_recipe(path, changes)
+        module = "mediatok.training.generator"
+    else:
+        load_recipe(path, changes)
+        module = "mediatok.training.tokenizer"
+    command = launch_command(module, path, changes, num_processes, accelerate_config)
     process = subprocess.Popen(command)
     try:
         code = process.wait()
@@ -39,7 +45,9 @@ def find_recipe(recipe: str) -> Path:
     return shipped[path.name.removesuffix(".yaml")]
 
 
-def launch_command(recipe: Path, changes: list[str], num_processes: int, accelerate_config: Path | None) -> list[str]:
+def launch_command(
+    module: str, recipe: Path, changes: list[str], num_processes: int, accelerate_config: Path | None
+) -> list[str]:
     """The `accelerate launch` call, with this Python."""
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet"]
     if accelerate_config is not None:
@@ -58,4 +66,4 @@ def launch_command(recipe: Path, changes: list[str], num_processes: int, acceler
             command.append("--cpu")
         elif num_processes > 1:
             command.append("--multi_gpu")
-    return [*command, "-m", "mediatok.training.tokenizer", str(recipe), *changes]
+    return [*command, "-m", module, str(recipe), *changes]

@@ -58,16 +58,20 @@ class Tokenizer(Model):
 
     _keep_in_fp32_modules: ClassVar[list[str]] = ["quantize"]  # nearest codes are always searched in fp32
 
+    fingerprint_weights: ClassVar[tuple[str, ...]] = ("quantize.embedding", "latent_tokens")
+
     @property
     def fingerprint(self) -> str:
         """16 hex digits that say which tokens this model understands: a hash of its config and its codebook.
+
+        `fingerprint_weights` says which parameters stand for the codebook.
 
         Values are rounded to bfloat16 first, so that loading in another dtype keeps the fingerprint.
         """
         config = {key: value for key, value in dict(self.config).items() if not key.startswith("_")}
         digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=list).encode())
         for name, value in sorted(self.state_dict().items()):
-            if name.startswith(("quantize.embedding", "latent_tokens")):
+            if name.startswith(self.fingerprint_weights):
                 digest.update(value.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 

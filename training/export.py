@@ -40,13 +40,19 @@ def export_run(run: str | Path, out: str | Path, dtype: str | None = None) -> Pa
         InvalidInput: no checkpoint there.
     """
     from .build import build_model
+    from .generator import build_generator
+    from .generator_recipe import GENERATORS, GeneratorRecipe
 
     checkpoints = whole_checkpoints(Path(run) / "checkpoints")
     if not checkpoints:
         raise InvalidInput(f"{run} has no whole checkpoint")
     tensors, state = load_checkpoint(checkpoints[-1])
-    recipe = check_recipe(state["recipe"])
-    model = build_model(recipe.model, config=state["model_config"])
+    if state["recipe"]["model"]["class_name"] in GENERATORS:
+        recipe = check_recipe(state["recipe"], GeneratorRecipe)
+        model = build_generator(recipe.model, {}, config=state["model_config"])
+    else:
+        recipe = check_recipe(state["recipe"])
+        model = build_model(recipe.model, config=state["model_config"])
     model.load_state_dict(tensors["model"] | tensors["ema"])
     return export_model(model, out, dtype or recipe.run.export_dtype)
 

@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from .recipe import DataRecipe, OptimizerRecipe, RunRecipe, Section, Weight, load_recipe
+from .recipe import DataRecipe, OptimizerRecipe, RunRecipe, Section, Weight, load_recipe, read_recipe
+
+GENERATORS = ("MaskGIT", "XAR")
 
 
 class GeneratorModelRecipe(Section):
@@ -64,3 +66,9 @@ class GeneratorRecipe(Section):
 def load_generator_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> GeneratorRecipe:
     """Read and check the recipe at `path`; see `load_recipe`."""
     return load_recipe(path, overrides, GeneratorRecipe)
+
+
+def is_generator_recipe(path: str | Path) -> bool:
+    """Whether the recipe at `path` trains a generator, by its model.class_name."""
+    model = read_recipe(path).get("model")
+    return isinstance(model, dict) and model.get("class_name") in GENERATORS

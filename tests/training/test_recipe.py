@@ -6,6 +6,7 @@ import pytest
 import yaml
 from mediatok.core.errors import InvalidRecipe
 from mediatok.training.build import build_model
+from mediatok.training.generator_recipe import is_generator_recipe, load_generator_recipe
 from mediatok.training.recipe import ModelRecipe, check_recipe, load_recipe
 from mediatok.training.tokenizer import main
 
@@ -14,7 +15,8 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_are_valid(path):
-    assert load_recipe(path).name == path.stem
+    load = load_generator_recipe if is_generator_recipe(path) else load_recipe
+    assert load(path).name == path.stem
 
 
 def test_overrides(recipe_values, tmp_path):

@@ -32,6 +32,7 @@ class KLAutoencoder(ImageTokenizer):
     """
 
     is_continuous = True
+    fingerprint_weights = ("vae.quant_conv",)  # what latents mean is the encoder's: the decoder may be fine-tuned
 
     @register_to_config
     def __init__(
