@@ -103,7 +103,7 @@ def load_official(path: str | Path, name: str | None = None) -> nn.Module:
         if config is not None:
             model = from_official(_system_of(config, state_dict), config, state_dict)
         else:
-            model = _of_entry(entry, state_dict)
+            model = of_entry(entry, state_dict)
     except InvalidCheckpoint as error:
         raise InvalidCheckpoint(f"{weights}: {error}") from None
     model.name = entry.name if entry else path.stem
@@ -119,7 +119,7 @@ def _system_of(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> s
     return "titok"
 
 
-def _of_entry(entry: ModelEntry, state_dict: Mapping[str, Tensor]) -> nn.Module:
+def of_entry(entry: ModelEntry, state_dict: Mapping[str, Tensor]) -> nn.Module:
     """The model of a release without a config."""
     if entry.class_name == "XAR":
         return xar.from_official({}, state_dict)

@@ -1,12 +1,14 @@
 """Config rules of the authors' checkpoints, strict keys, and every released tensor by name and shape."""
 
 import json
+import re
 from pathlib import Path
 
 import mediatok as mt
 import pytest
 import torch
 from mediatok.convert import from_official
+from mediatok.convert.load import of_entry
 from mediatok.convert.titok import titok_arguments
 from mediatok.core.errors import InvalidCheckpoint
 from mediatok.core.registry import constructor_arguments, find_entry, model_class
@@ -15,7 +17,8 @@ from safetensors.torch import load_file
 
 CASES = Path(__file__).parent.parent / "parity"
 DISCRIMINATOR = CASES / "titok/manifests/training_discriminator.json"
-MANIFESTS = sorted(set(CASES.glob("*/manifests/*.json")) - {DISCRIMINATOR})
+KEPT = ("titok", "one_d_piece")  # systems whose official keys are ours
+MANIFESTS = sorted({path for system in KEPT for path in CASES.glob(f"{system}/manifests/*.json")} - {DISCRIMINATOR})
 
 
 def model_name(manifest):
@@ -33,6 +36,31 @@ def test_every_released_tensor(manifest):
     assert abs(entry.parameters - expected["params"]) < 60_000
 
 
+RENAMED = sorted(path for system in ("maskgit", "xar", "kl16_vae") for path in CASES.glob(f"{system}/manifests/*.json"))
+DERIVED = re.compile(r"mask|.*\.rope\..*")  # buffers that follow from the geometry
+
+
+def renamed_name(manifest):
+    stem = manifest.stem.lower().replace("_", "-").replace("generator", "maskgit")
+    return "maskgit-one-d-piece-s256" if "one-d-piece" in stem else stem
+
+
+@pytest.mark.parametrize("manifest", RENAMED, ids=lambda path: path.stem)
+def test_every_released_tensor_has_its_place(manifest):
+    """Releases whose keys ours does not keep: every official key and shape is taken, none is missing."""
+    entry, keys = find_entry(renamed_name(manifest)), json.loads(manifest.read_text())["keys"]
+    weights = {key: torch.empty(shape, device="meta") for key, shape in keys.items() if not DERIVED.fullmatch(key)}
+    model = of_entry(entry, weights)
+    assert type(model).__name__ == entry.class_name
+    assert sum(parameter.numel() for parameter in model.parameters()) == entry.parameters
+    for missing in list(weights)[::40]:
+        rest = {key: value for key, value in weights.items() if key != missing}
+        with pytest.raises(InvalidCheckpoint):
+            of_entry(entry, rest)
+    with pytest.raises(InvalidCheckpoint, match="unknown"):
+        of_entry(entry, weights | {"transformer.extra.weight": torch.empty(3, device="meta")})
+
+
 def test_the_unreleased_discriminator():
     expected = json.loads(DISCRIMINATOR.read_text())["keys"]
     with torch.device("meta"):
@@ -41,7 +69,7 @@ def test_the_unreleased_discriminator():
 
 def test_every_released_model_has_a_manifest():
     released = {entry.name for entry in mt.models() if not entry.is_shipped and entry.kind == "tokenizer"}
-    assert released == {model_name(path) for path in MANIFESTS}
+    assert released == {model_name(path) for path in MANIFESTS} | {"kl16"}
 
 
 def load(case):

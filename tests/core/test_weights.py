@@ -1,5 +1,6 @@
 """Hostile and broken files are refused with a reason; nothing runs and nothing is written."""
 
+import argparse
 import json
 import os
 import pickle
@@ -90,7 +91,7 @@ def test_compressed_pickle_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ({"model": {"w": torch.ones(2)}}, "'model' is a dict"),
+        ({"weights": {"w": torch.ones(2)}}, "'weights' is a dict"),
         ({"w": 3}, "'w' is a int"),
         ({3: torch.ones(2)}, "key '3' is not text"),
         ([torch.ones(2)], "holds a list"),
@@ -104,6 +105,15 @@ def test_other_pickles_are_refused(tmp_path, content, reason):
     torch.save(content, tmp_path / "m.bin")
     with pytest.raises(InvalidCheckpoint, match=reason):
         read_state_dict(tmp_path / "m.bin")
+
+
+def test_training_outputs_give_their_averaged_weights(tmp_path):
+    arguments = argparse.Namespace(lr=1e-4, name="run")
+    content = {"model": {"w": torch.zeros(2)}, "model_ema": {"w": torch.ones(2)}, "epoch": 3, "args": arguments}
+    torch.save(content, tmp_path / "last.pth")
+    assert torch.equal(read_state_dict(tmp_path / "last.pth")["w"], torch.ones(2))
+    torch.save({"model": {"w": torch.zeros(2)}}, tmp_path / "kl16.ckpt")
+    assert torch.equal(read_state_dict(tmp_path / "kl16.ckpt")["w"], torch.zeros(2))
 
 
 def entry(begin, end, shape=(2,)):

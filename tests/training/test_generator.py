@@ -185,7 +185,9 @@ def test_a_stale_cache_is_not_used(make_values, tmp_path, tokenizers):
     other = mt.load(tokenizers / "MaskGIT")
     torch.nn.init.normal_(other.quantize.embedding.weight, generator=torch.Generator().manual_seed(1))
     other.save_pretrained(tmp_path / "other")
-    trainer = GeneratorTrainer(check_recipe(values | {"tokenizer": str(tmp_path / "other"), "output": str(tmp_path / "b")}, GeneratorRecipe)) 
+    trainer = GeneratorTrainer(
+        check_recipe(values | {"tokenizer": str(tmp_path / "other"), "output": str(tmp_path / "b")}, GeneratorRecipe)
+    )
     (tmp_path / "b" / "content.safetensors").write_bytes(before)
     trainer.build_data()
     assert (tmp_path / "b" / "content.safetensors").read_bytes() != before
