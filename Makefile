@@ -42,6 +42,8 @@ lint: $(STAMP)  ## ruff
 bench: $(STAMP)  ## print speed and memory as ratios against the plain formulations
 	$(PY) benchmarks/nearest.py
 	$(PY) benchmarks/titok.py
+	$(PY) benchmarks/maskgit.py
+	$(PY) benchmarks/xar.py
 
 data: $(STAMP)  ## fetch fluent-emoji and the EfficientNet-Lite0 features into data/
 	$(PY) -m mediatok.training.fetch_emoji --out data/fluent-emoji

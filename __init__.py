@@ -37,6 +37,7 @@ _PUBLIC = {
     "Model": "core.base",
     "Generation": "core.generator",
     "evaluate": "evaluation.evaluate",
+    "evaluate_generator": "evaluation.generation",
     "rate_curve": "evaluation.rate",
     "codec_curve": "evaluation.rate",
     "MediatokError": "core.errors",

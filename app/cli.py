@@ -37,6 +37,7 @@ for command in (
     cli_models.info,
     cli_models.models,
     cli_measure.evaluate,
+    cli_measure.evaluate_generator,
     cli_measure.rate,
     cli_measure.parity,
 ):

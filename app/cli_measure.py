@@ -23,7 +23,7 @@ from .cli_codec import (
     length_options,
 )  # fmt: skip
 from .cli_jobs import RATE, Job, Outcome, collect_files, make_folder, run_batches
-from .cli_models import AsJson, BatchSize, Device, DType, load_tokenizer
+from .cli_models import AsJson, BatchSize, Device, DType, load_generator, load_tokenizer
 
 
 def evaluate(
@@ -85,6 +85,37 @@ def evaluate(
         if comparison and not as_json:
             print(f"\n{comparison}")
     outcome.finish_failures()
+
+
+def evaluate_generator(
+    model: Annotated[str, typer.Argument(help="Generator: a name or a folder.")],
+    train: Annotated[Path, typer.Option(help="Folder of the pictures that it was trained on.")],
+    val: Annotated[Path, typer.Option(help="Folder of held-out pictures.")],
+    labels: Annotated[Path | None, typer.Option(help="JSON of each file's class; default the folders' names.")] = None,
+    num_images: Annotated[int, typer.Option(min=1, help="Pictures to make.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, help="Of the first picture, and of the choice of real ones.")] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps; default the model's own.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance; default the model's own.")] = None,
+    lite0_weights: Annotated[Path | None, typer.Option(help="EfficientNet-Lite0 weights.")] = None,
+    batch_size: BatchSize = 16,
+    device: Device = "cpu",
+    dtype: DType = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """Measure a generator: Frechet distance against a floor of real pictures, and how near it is to its training set.
+
+    The pictures are made with the classes of real ones. FD-Lite0 is no FID and cannot be compared with one.
+    """
+    from ..evaluation.generation import evaluate_generator as run_evaluation
+
+    generator = load_generator(model, device, dtype)
+    options = {"steps": steps, "guidance": guidance}
+    with _bar(num_images, "generate") as bar:
+        report = run_evaluation(
+            generator, train, val, labels=labels, num_images=num_images, seed=seed, lite0_weights=lite0_weights,
+            batch_size=batch_size, on_step=_advance(bar), **options,
+        )  # fmt: skip
+    print(report.to_json().rstrip() if as_json else report)
 
 
 def rate(
@@ -233,6 +264,7 @@ def _bar(total: int, label: str):
 
 def _advance(bar):
     def on_step(step: int, total: int, preview=None) -> None:
+        bar.total = total
         bar.update(step - bar.n)
 
     return on_step
