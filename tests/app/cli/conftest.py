@@ -11,6 +11,7 @@ import torch
 from diffusers.utils import logging
 from mediatok.app import cli
 from mediatok.core import registry
+from mediatok.tokenizers.image.kl_vae import KLAutoencoder
 from mediatok.tokenizers.image.one_d_piece import OneDPiece
 from mediatok.tokenizers.image.titok import TiTok
 from PIL import Image
@@ -45,6 +46,7 @@ def shipped(tmp_path_factory) -> Path:
         "one-d-piece-tiny": OneDPiece(**SIZES),
         "another": TiTok(**SIZES),
         "continuous": TiTok(**SIZES | {"quantizer": "vae"}),
+        "kl-tiny": KLAutoencoder(64, 2, (8, 8), 1, 4),
     }.items():
         model.save_pretrained(folder / name)
     return folder
