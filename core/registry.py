@@ -89,9 +89,9 @@ ENTRIES = {
         ModelEntry("one-d-piece-tiny", "OneDPiece", "Apache-2.0", 1_730_720, "64 px, 1 to 64 tokens; for trying out"),
         ModelEntry("kl-tiny", "KLAutoencoder", "Apache-2.0", 2_806_011, "64 px, continuous 8x8x8 latents"),
         ModelEntry(
-            "maskgit-tiny", "MaskGIT", "Apache-2.0", 4_096_336, "64 px emoji by class, over titok-tiny", kind="generator"
+            "maskgit-tiny", "MaskGIT", "Apache-2.0", 4_096_336, "64 px emoji, over titok-tiny", kind="generator"
         ),
-        ModelEntry("xar-tiny", "XAR", "Apache-2.0", 3_838_184, "64 px emoji by class, over kl-tiny", kind="generator"),
+        ModelEntry("xar-tiny", "XAR", "Apache-2.0", 3_838_184, "64 px emoji, over kl-tiny", kind="generator"),
         _titok("titok-l32", 641_054_735, "2.21"),
         _titok("titok-b64", 204_814_095, "1.70"),
         _titok("titok-s128", 83_674_639, "1.71"),
