@@ -1,7 +1,8 @@
 """Self-check and demonstration: `python -m mediatok.app.demo [--out demo]`.
 
-Every shipped tokenizer that gives tokens encodes and decodes the sample pictures through the bytes of a `.mtok` file. A
-table tells tokens, bytes, PSNR and seconds. With `--out` the reconstructions, the `.mtok` files and one sheet of all are kept.
+Every shipped tokenizer that gives tokens encodes and decodes the sample pictures through the bytes of a `.mtok` file.
+A table tells tokens, bytes, PSNR and seconds. With `--out` the reconstructions, the `.mtok` files and one sheet of all
+are kept.
 """
 
 from __future__ import annotations
