@@ -24,12 +24,13 @@ def checkout(tmp_path_factory):
     return folder
 
 
-def test_python_example(checkout):
-    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+def test_python_examples(checkout):
+    example = "\n".join(re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL))
     done = subprocess.run([sys.executable, "-c", example], cwd=checkout, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert mediatok.read_image(checkout / "tiger-32.png").size == (64, 64)
     assert int(mediatok.Tokens.load(checkout / "tiger.mtok").lengths[0]) == 32
+    assert mediatok.read_image(checkout / "food.png").size == (64, 64)
 
 
 def test_command_line_examples(checkout):
@@ -39,6 +40,7 @@ def test_command_line_examples(checkout):
         done = subprocess.run(program, cwd=checkout, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{command}: {done.stderr}"
     assert len(list((checkout / "pictures").rglob("*.png"))) == 8
+    assert len(list((checkout / "smileys").glob("*.png"))) == 4
 
 
 def test_links_lead_somewhere():

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import mediatok as mt
 import pytest
 import torch
 import yaml
@@ -81,6 +82,25 @@ def test_ten_and_ten_steps_equal_twenty(recipe_values, tmp_path, variant):
     assert [line["step"] for line in logs[1]] == list(range(1, 21))
     for one, other in zip(*logs, strict=True):
         assert one["total_loss"] == other["total_loss"]
+
+
+def test_a_kl_autoencoder_resumes_and_its_decoder_goes_on_alone(recipe_values, tmp_path):
+    sizes = {"image_size": 16, "latent_channels": 2, "block_out_channels": [8, 8], "layers_per_block": 1}
+    values = recipe_values | {"model": {"class_name": "KLAutoencoder", "config": sizes | {"norm_num_groups": 4}}}
+    whole = run(values, tmp_path / "whole")
+    run(values, tmp_path / "parts", stop_at=10)
+    assert_equal(run(values, tmp_path / "parts"), whole)
+    first = mt.load(tmp_path / "whole" / "model")
+    assert first.config.scaling_factor != 0.2325  # measured at the end of the run
+    values["model"] = {"class_name": "KLAutoencoder", "stage": "2", "init_from": str(tmp_path / "whole" / "model")}
+    run(values, tmp_path / "decoder")
+    second = mt.load(tmp_path / "decoder" / "model")
+    assert second.fingerprint == first.fingerprint
+    pixels = torch.rand(1, 3, 16, 16)
+    with torch.no_grad():
+        latents = first.encode_latents(pixels)
+        assert torch.equal(second.encode_latents(pixels), latents)
+        assert not torch.equal(second.decode_latents(latents), first.decode_latents(latents))
 
 
 def test_everything_that_should_move_moves(recipe_values, tmp_path):

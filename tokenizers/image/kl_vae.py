@@ -82,6 +82,10 @@ class KLAutoencoder(ImageTokenizer):
         posterior = DiagonalGaussian(self.encode_moments(pixels_B3HW))
         return TokenizerOutput(self._decode(posterior.sample(generator)), posterior=posterior)
 
+    def encode_pixels(self, pixels_B3HW: Tensor, num_tokens: int | None = None) -> Tensor:
+        """There are no ids: raises InvalidInput."""
+        raise InvalidInput(f"{self.name} has continuous latents and no ids; use encode_latents or reconstruct")
+
     def encode_moments(self, pixels_B3HW: Tensor) -> Tensor:
         """Mean and log-variance [B, 2C, G, G] of the unscaled latents; each side becomes floor(side / downsampling)."""
         return self.vae.quant_conv(self.vae.encoder((pixels_B3HW * 2 - 1).to(self.vae.dtype)))
