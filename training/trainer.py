@@ -10,6 +10,7 @@ import logging
 import math
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -29,9 +30,9 @@ from .tracker import Tracker
 logger = logging.getLogger(__name__)
 
 
-class Trainer:
+class Trainer(ABC):
     """One run. Subclasses say what is trained (`build_models`, `build_optimizers`), on what (`build_data`,
-    `open_batches`) and how (`losses`), and what is measured (`validate`, `show_samples`).
+    `open_batches`) and how (`train_on`), and what is measured (`validate`, `show_samples`).
     """
 
     raw_model: torch.nn.Module
@@ -55,24 +56,25 @@ class Trainer:
 
     # What a subclass gives.
 
+    @abstractmethod
     def build_models(self, state: dict | None) -> None:
         """Set `raw_model`, in training mode on the device; `state` is that of the checkpoint to resume."""
-        raise NotImplementedError
 
+    @abstractmethod
     def build_optimizers(self) -> None:
         """Set `model` and `optimizer`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def build_data(self) -> None:
-        raise NotImplementedError
+        """Open the training and the validation set."""
 
+    @abstractmethod
     def open_batches(self, first_batch: int) -> Iterator[tuple[Tensor, Any]]:
         """Endless batches of this process from number `first_batch` on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def train_on(self, batch: tuple[Tensor, Any], micro: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss with gradient and detached metrics of one batch; `micro` counts batches within a step."""
-        raise NotImplementedError
 
     def after_step(self) -> dict[str, Tensor]:
         """What else belongs to a step, after the optimizer's; metrics."""
@@ -82,13 +84,15 @@ class Trainer:
         """Figures of the last step that are computed only when they are logged."""
         return {}
 
+    @abstractmethod
     def validate(self, model: torch.nn.Module) -> dict[str, float]:
-        raise NotImplementedError
+        """Figures of the averaged `model` on held-out data."""
 
+    @abstractmethod
     def show_samples(self, model: torch.nn.Module, tracker: Tracker) -> None:
-        raise NotImplementedError
+        """Put pictures of the averaged `model` into the log."""
 
-    def before_export(self, model: torch.nn.Module) -> None:
+    def before_export(self, model: torch.nn.Module) -> None:  # noqa: B027  a hook: most runs change nothing
         """Last changes to the averaged model that is exported."""
 
     # The loop.
