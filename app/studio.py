@@ -1,7 +1,8 @@
 """The studio: one local page that makes tokens visible. `launch` serves it; `mediatok studio` calls that.
 
-Each tab is a file of its own (tab_image.py, tab_compare.py, tab_models.py); what they share is in studio_context.py,
-the handlers of the Image tab in studio_image.py, the device and its queue in studio_worker.py.
+Each tab is a file of its own (tab_image.py, tab_compare.py, tab_generate.py, tab_models.py); what they share is in
+studio_context.py, the handlers of the larger tabs in studio_image.py and studio_generate.py, the device and its queue
+in studio_worker.py.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 from ..core.errors import InvalidInput, MediatokError
-from . import studio_api, tab_compare, tab_image, tab_models
+from . import studio_api, tab_compare, tab_generate, tab_image, tab_models
 from .studio_context import Studio, html
 from .studio_guard import Guard
 from .studio_image import first_session
-from .studio_models import Catalogue
+from .studio_models import GENERATOR, TOKENIZER, Catalogue
 from .studio_style import page_style
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
@@ -104,14 +105,22 @@ def build(studio: Studio) -> gr.Blocks:
                 image = tab_image.build(studio, session, prototype, title)
             with gr.Tab("Compare", id="compare"):
                 compare = tab_compare.build(studio, session, prototype, title)
+            pickers = dict.fromkeys([image.model, *compare.models], TOKENIZER)
+            generate = None
+            if prototype.gallery is not None:
+                with gr.Tab("Generate", id="generate"):
+                    generate = tab_generate.build(studio, session, prototype, title)
+                pickers[generate.model] = GENERATOR
             if not studio.public:
                 with gr.Tab("Models", id="models") as models_tab:
-                    models = tab_models.build(studio, [image.model, *compare.models], title)
+                    models = tab_models.build(studio, pickers, title)
                 models.refresh(models_tab.select)
             with gr.Tab("Help", id="help"), gr.Column(elem_classes="mt-help"):
                 gr.Markdown(help_text(), elem_id="help")
         hidden = {"show_progress": "hidden", "api_visibility": "private"}
         compare.start(image.to_compare.click(lambda: gr.Tabs(selected="compare"), None, tabs, **hidden))
+        if generate is not None:
+            image.start(generate.to_image.click(lambda: gr.Tabs(selected="image"), None, tabs, **hidden))
         # Setting the state once is what makes Gradio count its time.
         page.load(lambda value: (value, studio.title()), session, [session, title], **hidden)
         studio_api.build(studio)

@@ -21,9 +21,12 @@ import gradio as gr
 
 from .. import Tokens, write_image
 from ..core.errors import InvalidInput, MediatokError
+from ..core.generator import image_seeds
 from . import studio_actions as actions
-from .studio_code import safe_stem
+from .studio_code import picture_name, safe_stem
 from .studio_context import Studio, picture_input, report_bug, sentence
+from .studio_generation import make_pictures
+from .studio_models import GENERATOR
 from .studio_worker import Job
 
 KEPT_SECONDS = 600  # Gradio copies an answer's file at once; ours may go then
@@ -70,6 +73,19 @@ def build(studio: Studio) -> None:
         raises(api.compare), [picture, tokenizer, other, num_tokens, max_bytes], [out_json], api_name="compare"
     )
     trigger.click(raises(api.models), None, [out_json], api_name="models")
+    generators = [source for _, source in studio.catalogue.choices(GENERATOR)]
+    if generators:
+        with gr.Group(visible=False):
+            generator = gr.Textbox(
+                studio.catalogue.default_source(GENERATOR), label="generator", info=", ".join(generators)
+            )
+            labels, seed = gr.JSON([None], label="labels"), gr.Number(None, label="seed", precision=0)
+            steps, guidance = gr.Number(None, label="steps", precision=0), gr.Number(None, label="guidance")
+            out_files = gr.File(file_count="multiple")
+        trigger.click(
+            raises(api.generate), [generator, labels, seed, steps, guidance], [out_files, out_json],
+            api_name="generate",
+        )  # fmt: skip
 
 
 class Endpoints:
@@ -116,6 +132,27 @@ class Endpoints:
         if amount is None:
             kind = "all"
         return [facts(self._encode(picture, source, kind, amount)) for source in (tokenizer, other)]
+
+    def generate(self, generator, labels, seed=None, steps=None, guidance=None):
+        """Make a picture for each of `labels`: a list of class names, numbers or null. Returns PNG files and numbers.
+
+        seed: of the first picture, the others count on; drawn when null. steps, guidance: null for the model's own.
+        """
+        if not isinstance(labels, list):
+            raise InvalidInput('Give labels as a list, as ["flags", 3, null].')
+        seed = image_seeds(seed, 1)[0]
+        model, job = self.studio.catalogue.get(generator, GENERATOR), Job()
+        with self.studio.device.hold(job):
+            gallery = make_pictures(model, generator, labels, seed, steps, guidance, job)
+        folder = self._folder()
+        paths = [folder / picture_name(gallery, picture) for picture in gallery.pictures]
+        for picture, path in zip(gallery.pictures, paths, strict=True):
+            write_image(picture.image, path)
+        return [str(path) for path in paths], {
+            "generator": gallery.model_name, "labels": [gallery.label(picture) for picture in gallery.pictures],
+            "seeds": [picture.recipe.seed for picture in gallery.pictures], "steps": gallery.steps,
+            "guidance": gallery.guidance, "seconds": round(gallery.seconds, 4), "device": gallery.device,
+        }  # fmt: skip
 
     def models(self):
         """Every model that this studio knows: name, status, licence, parameters, loaded or not."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
+from itertools import groupby
 from pathlib import Path
 
 from .studio_actions import Result
+from .studio_generation import Gallery, Made, Recipe
 
 FLAGS = {"num_tokens": "--num-tokens", "target_psnr": "--target-psnr", "max_bytes": "--max-bytes"}
 
@@ -52,6 +54,81 @@ def command_code(result: Result) -> str:
     if result.edits:
         lines.insert(0, "# Changed tokens: use the Python code; the command line does not edit tokens.")
     return "\n".join(lines)
+
+
+def generation_python(gallery: Gallery) -> str:
+    """Python that makes the gallery's pictures again."""
+    lines = ["import mediatok as mt", "", f"generator = mt.load({gallery.source!r})"]
+    earlier = _earlier(gallery.pictures[0].recipe)
+    lines += [f"start = generator.sample({_arguments([recipe])})" for recipe in earlier]
+    lines.append(f"made = generator.sample({_arguments([picture.recipe for picture in gallery.pictures])})")
+    lines += ["for image, seed in zip(made.images, made.seeds):", '    image.save(f"{seed}.png")']
+    return "\n".join(lines)
+
+
+def generation_command(gallery: Gallery) -> str:
+    """Shell commands that make the gallery's pictures again."""
+    recipes = [picture.recipe for picture in gallery.pictures]
+    earlier = _earlier(recipes[0])
+    has_ids = not gallery.pictures[0].content.is_floating_point()
+    lines = []
+    if earlier and not has_ids:
+        lines.append("# Close, not equal: the command line goes on from the picture, Python from its latents.")
+    for number, recipe in enumerate(earlier):
+        tokens = " --tokens" if has_ids else ""
+        lines.append(f"{_generate(gallery, [recipe], has_ids, number)} --out start-{number + 1}.png{tokens}")
+    runs = [list(run) for _, run in groupby(recipes, key=lambda recipe: recipe.label)]
+    if len({len(run) for run in runs}) == 1:
+        runs = [recipes]  # one call: the same number for each class
+    lines += [_generate(gallery, run, has_ids, len(earlier)) for run in runs]
+    return "\n".join(lines)
+
+
+def picture_name(gallery: Gallery, picture: Made) -> str:
+    """File name of a generated picture."""
+    before = "before-" if picture is gallery.origin else ""
+    return f"{before}{safe_stem(gallery.label(picture))}-{picture.recipe.seed}.png"
+
+
+def _earlier(recipe: Recipe) -> list[Recipe]:
+    """The recipes that an edit went on from, first to last."""
+    chain = []
+    while recipe.start is not None:
+        recipe = recipe.start
+        chain.insert(0, recipe)
+    return chain
+
+
+def _arguments(recipes: list[Recipe]) -> str:
+    """Arguments of `sample` for recipes that differ in label and seed only."""
+    first, labels = recipes[0], [recipe.label for recipe in recipes]
+    text = f"[{labels[0]!r}] * {len(labels)}" if len(set(labels)) == 1 and len(labels) > 1 else repr(labels)
+    parts = [text, f"seed={first.seed}"]
+    parts += [f"{name}={getattr(first, name)!r}" for name in ("steps", "guidance") if getattr(first, name) is not None]
+    if first.start is not None:
+        parts += ["start=start", f"keep={list(first.keep)}"]
+    return ", ".join(parts)
+
+
+def _generate(gallery: Gallery, recipes: list[Recipe], has_ids: bool, number: int) -> str:
+    """One `mediatok generate`, going on from start file `number` where the recipes say so."""
+    first, labels = recipes[0], list(dict.fromkeys(recipe.label for recipe in recipes))
+    parts = ["mediatok generate", shlex.quote(gallery.source)]
+    parts += ["none" if label is None else str(label) for label in labels]
+    parts += [f"--count {len(recipes) // len(labels)}"] * (len(recipes) > len(labels)) + [f"--seed {first.seed}"]
+    for name in ("steps", "guidance"):
+        value = getattr(first, name)
+        parts += [] if value is None else [f"--{name} {value:g}"]
+    if first.start is not None:
+        parts.append(f"--edit start-{number}.{'mtok' if has_ids else 'png'} --keep {_ranges(first.keep)}")
+    return " ".join(parts)
+
+
+def _ranges(units: tuple[int, ...]) -> str:
+    """Numbers with their ranges, as 0,3-7."""
+    by_run = groupby(enumerate(sorted(units)), key=lambda pair: pair[1] - pair[0])
+    runs = [[unit for _, unit in run] for _, run in by_run]
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def safe_stem(name: str) -> str:

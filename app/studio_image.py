@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +12,9 @@ from .. import Tokens, write_image
 from ..core.errors import InvalidInput
 from . import studio_actions as actions
 from . import studio_views as views
-from .studio_code import command_code, python_code, safe_stem
+from .studio_code import command_code, picture_name, python_code, safe_stem
 from .studio_context import Studio, hold_back, skips, speaks
+from .studio_generation import first_gallery
 from .studio_plots import rate_plot
 from .studio_session import Session
 
@@ -38,10 +37,7 @@ class Shown:
     @classmethod
     def of(cls, session: Session) -> Shown:
         result = session.result
-        folders = sorted(session.folder.iterdir(), key=lambda path: path.stat().st_mtime_ns)
-        for old in folders[: 1 - KEPT_RESULTS]:
-            shutil.rmtree(old, ignore_errors=True)
-        folder, stem = Path(tempfile.mkdtemp(dir=session.folder)), safe_stem(result.picture_name)
+        folder, stem = session.new_folder("image", KEPT_RESULTS - 1), safe_stem(result.picture_name)
         png = original = folder / f"{stem}-decoded.png"
         write_image(result.image, png)
         if result.reference is not None:
@@ -91,8 +87,8 @@ def first_session(studio: Studio) -> Session:
     for _ in range(2):  # the first run also pays for memory and threads, and its time would be shown
         session.result = actions.encode_picture(tokenizer, source, session.picture, session.picture.name, budget, job)
     curves = actions.measure_curves(tokenizer, session.result.reference, job, tile=False, hold=studio.device.hold)
-    prototype = Session(studio.folder, session.picture, session.result, (curves_key(session.result), curves))
-    return prototype
+    curves = curves_key(session.result), curves
+    return Session(studio.folder, session.picture, session.result, curves, first_gallery(studio.catalogue))
 
 
 def first_effect(studio: Studio, session: Session):
@@ -122,6 +118,16 @@ class ImageEvents:
         with hold_back() as failed:
             return [gr.skip(), *self._encode(session, Path(path), *controls)]
         return [str(session.revert("image")) if failed else gr.skip(), *skips(NUM_RESULT_OUTPUTS)]
+
+    def take(self, session: Session, *controls):
+        """The chosen picture of the Generate tab."""
+        with hold_back():
+            made = session.gallery.shown[session.chosen]
+            path = session.new_folder("taken", KEPT_RESULTS) / picture_name(session.gallery, made)
+            write_image(made.image, path)
+            session.pictures["image"] = path
+            return [str(path), *self._encode(session, path, *controls)]
+        return skips(NUM_RESULT_OUTPUTS + 1)
 
     def encode_sample(self, session: Session, event: gr.EventData, *controls):
         """The sample that was clicked."""

@@ -8,14 +8,22 @@ from pathlib import Path
 
 from .. import load, models
 from ..core.errors import InvalidInput, ModelNotFound, nearest_names
+from ..core.registry import CLASSES
 from .studio_worker import ModelShelf
 
-PREFERRED = ("one-d-piece-tiny", "titok-tiny")  # what the page shows first: its token slider does something
+TOKENIZER, GENERATOR = "tokenizer", "generator"
+PREFERRED = {  # what the page shows first, if it is here
+    TOKENIZER: ("one-d-piece-tiny", "titok-tiny"),  # the token slider of the first does something
+    GENERATOR: ("xar-tiny", "maskgit-tiny"),
+}
 
 
 @dataclass(frozen=True)
 class ModelRow:
-    """A model as the Models tab lists it. source: what `mt.load` takes; label: how people call it."""
+    """A model as the Models tab lists it.
+
+    source: what `mt.load` takes. label: how people call it. kind: "tokenizer" or "generator", of pictures.
+    """
 
     label: str
     source: str
@@ -23,7 +31,7 @@ class ModelRow:
     licence: str
     parameters: int | None
     description: str
-    is_image_tokenizer: bool = True
+    kind: str = TOKENIZER
 
     @property
     def is_here(self) -> bool:
@@ -44,11 +52,10 @@ class Catalogue:
         """Shipped models, local folders, names loaded here, then released ones."""
         known = [
             ModelRow(
-                entry.name, entry.name, entry.status, entry.licence, entry.parameters, entry.description,
-                entry.kind == "tokenizer" and entry.modality == "image",
+                entry.name, entry.name, entry.status, entry.licence, entry.parameters, entry.description, entry.kind
             )
             for entry in models()
-            if not entry.is_shipped or (entry.folder / "config.json").is_file()
+            if entry.modality == "image" and (not entry.is_shipped or (entry.folder / "config.json").is_file())
         ]  # fmt: skip
         shipped = [row for row in known if row.status == "shipped"]
         listed = {row.source for row in known}
@@ -65,31 +72,37 @@ class Catalogue:
                 continue
             class_name = _class_name(config)
             rows.append(
-                ModelRow(f"{folder.name} (local)", str(folder), "local", "", None, f"{class_name}, local folder")
-            )
+                ModelRow(
+                    f"{folder.name} (local)", str(folder), "local", "", None, f"{class_name}, local folder",
+                    _kind(class_name),
+                )
+            )  # fmt: skip
         return rows
 
-    def choices(self) -> list[tuple[str, str]]:
-        """(label, source) of every image tokenizer whose weights are here."""
-        return [(row.label, row.source) for row in self.rows() if row.is_here and row.is_image_tokenizer]
+    def choices(self, kind: str = TOKENIZER) -> list[tuple[str, str]]:
+        """(label, source) of every model of a kind whose weights are here."""
+        return [(row.label, row.source) for row in self.rows() if row.is_here and row.kind == kind]
 
-    def default_source(self) -> str:
-        """The model the page starts with."""
-        here = [source for _, source in self.choices()]
+    def default_source(self, kind: str = TOKENIZER) -> str:
+        """The model of a kind that the page starts with."""
+        here = [source for _, source in self.choices(kind)]
         if not here:
             raise ModelNotFound(
-                "no model is here: the package's pretrained/ folder is empty; give a folder with --models"
+                f"no {kind} is here: the package's pretrained/ folder is empty; give a folder with --models"
             )
-        return next((source for source in PREFERRED if source in here), here[0])
+        return next((source for source in PREFERRED[kind] if source in here), here[0])
 
-    def get(self, source: str):
+    def get(self, source: str, kind: str = TOKENIZER):
         """The model of a listed source; anything else is refused, so that a form field cannot name a path."""
         row = next((row for row in self.rows() if row.source == source or row.label == source), None)
         if row is None or not row.is_here:
             raise ModelNotFound(
                 f"{source!r} is not a model of this studio."
-                f"{nearest_names(str(source), [label for label, _ in self.choices()])} See the Models tab."
+                f"{nearest_names(str(source), [label for label, _ in self.choices(kind)])} See the Models tab."
             )
+        if row.kind != kind:
+            names = ", ".join(label for label, _ in self.choices(kind)) or "none"
+            raise InvalidInput(f"{row.label} is a {row.kind}, not a {kind}; this studio has {names}.")
         return self.shelf.get(row.source)
 
     def load_by_name(self, name: str):
@@ -100,13 +113,15 @@ class Catalogue:
         model = self.shelf.get(next((row.source for row in self.rows() if row.label == name), name))
         if getattr(model, "modality", None) != "image":
             self.shelf.unload(name)
-            raise InvalidInput(f"{name} is not an image tokenizer.")
-        self._by_name.setdefault(name, ModelRow(model.name, name, "loaded by name", "", None, type(model).__name__))
+            raise InvalidInput(f"{name} is not a model of pictures.")
+        class_name = type(model).__name__
+        row = ModelRow(model.name, name, "loaded by name", "", None, class_name, _kind(class_name))
+        self._by_name.setdefault(name, row)
         return model
 
     def source_of(self, tokenizer_name: str) -> str:
         """The source whose tokens carry this name (a .mtok file names its tokenizer)."""
-        rows = [row for row in self.rows() if row.is_here and row.is_image_tokenizer]
+        rows = [row for row in self.rows() if row.is_here and row.kind == TOKENIZER]
         for row in rows:
             if tokenizer_name in (shortened(row.source), shortened(Path(row.source).name)):
                 return row.source
@@ -119,6 +134,10 @@ class Catalogue:
 def shortened(name: str) -> str:
     """A tokenizer's name as a .mtok file keeps it: 24 bytes at most."""
     return name.encode()[:24].decode(errors="ignore")
+
+
+def _kind(class_name: str) -> str:
+    return GENERATOR if CLASSES.get(class_name, "").startswith("generators.") else TOKENIZER
 
 
 def _class_name(config: Path) -> str:

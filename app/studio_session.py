@@ -17,8 +17,8 @@ from .studio_worker import Job
 class Session:
     """Private data of one page. The server makes one prototype; a copy of it is a fresh session."""
 
-    def __init__(self, root: Path, picture: Path, first_result=None, first_curves=None):
-        self._first = (root, picture, first_result, first_curves)
+    def __init__(self, root: Path, picture: Path, first_result=None, first_curves=None, first_gallery=None):
+        self._first = (root, picture, first_result, first_curves, first_gallery)
         self._root = root
         self._lock = threading.Lock()
         self._folder: Path | None = None
@@ -28,6 +28,8 @@ class Session:
         self.result = first_result  # what the Image tab shows (studio_actions.Result); replaced whole, never changed
         self.position = 0  # of the chosen token
         self.curves: tuple | None = first_curves  # (what they were measured on, curves by name)
+        self.gallery = first_gallery  # what the Generate tab shows (studio_generation.Gallery); replaced whole
+        self.chosen = 0  # number of its chosen picture
 
     def __deepcopy__(self, memo) -> Session:
         return Session(*self._first)
@@ -39,6 +41,15 @@ class Session:
             if self._folder is None:
                 self._folder = Path(tempfile.mkdtemp(prefix="session-", dir=self._root))
             return self._folder
+
+    def new_folder(self, tab: str, kept: int) -> Path:
+        """A fresh folder for a tab's files; of its earlier ones `kept` stay, as the page may still be fetching them."""
+        shelf = self.folder / tab
+        shelf.mkdir(exist_ok=True)
+        folders = sorted(shelf.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        for old in folders[: len(folders) - kept]:
+            shutil.rmtree(old, ignore_errors=True)
+        return Path(tempfile.mkdtemp(dir=shelf))
 
     @property
     def picture(self) -> Path:
@@ -84,6 +95,6 @@ class Session:
                 job.stop()
             self._jobs.clear()
             folder, self._folder = self._folder, None
-            self.result = self.curves = None
+            self.result = self.curves = self.gallery = None
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)

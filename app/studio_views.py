@@ -63,10 +63,15 @@ def measures(result: Result) -> list[tuple[str, str, str]]:
 
 def numbers(result: Result) -> str:
     """The strip of numbers above the pictures."""
+    return number_strip(measures(result))
+
+
+def number_strip(rows: list[tuple[str, str, str]]) -> str:
+    """(name, value, remark) side by side."""
     cells = "".join(
         f'<div class="mt-number" data-name="{name}"><span class="name">{name}</span>'
         f'<span class="value">{escape(value)}</span><span class="remark">{escape(remark)}</span></div>'
-        for name, value, remark in measures(result)
+        for name, value, remark in rows
     )
     return f'<div class="mt-numbers" role="status" aria-live="polite">{cells}</div>'
 

@@ -11,6 +11,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from ..core.errors import Cancelled, LimitExceeded
 
@@ -85,6 +86,37 @@ class Device:
     def _leave(self, job: Job) -> None:
         self._queue.remove(job)
         self._turn.notify_all()
+
+
+def newest(work: Callable[[Callable[[Any], None]], Any]) -> Iterator[Any]:
+    """Run `work(emit)` in a thread and yield what it emits; of what came while nobody looked, only the newest.
+
+    What `work` returns is yielded last; what it raises is raised here. A generator that is closed lets `work` end.
+    """
+    turn, slot = threading.Condition(), {}
+
+    def put(key: str, value) -> None:
+        with turn:
+            slot[key] = value
+            turn.notify_all()
+
+    def run() -> None:
+        try:
+            put("result", work(lambda value: put("news", value)))
+        except BaseException as error:
+            put("error", error)
+
+    threading.Thread(target=run, daemon=True).start()
+    while True:
+        with turn:
+            turn.wait_for(lambda: slot)
+            taken = dict(slot)
+            slot.clear()
+        if "error" in taken:
+            raise taken["error"]
+        yield from (taken[key] for key in ("news", "result") if key in taken)
+        if "result" in taken:
+            return
 
 
 class ModelShelf:

@@ -161,3 +161,4 @@ def _connect(studio: Studio, session: gr.State, title: gr.HTML, ui: SimpleNamesp
         look(listener(events.change, [session, ui.code], shown, **work), with_curves=False)
     look(ui.undo.click(events.undo, [session], shown, **work), with_curves=False)
     ui.stop.click(events.stop, [session], None, queue=False, **quiet)
+    ui.start = lambda event: look(event.success(events.take, [session, *controls], [ui.picture, *shown], **work))

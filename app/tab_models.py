@@ -12,10 +12,10 @@ from .studio_context import Studio, html, speaks
 NUM_OUTPUTS = 4
 
 
-def build(studio: Studio, pickers: list[gr.Dropdown], title: gr.HTML) -> SimpleNamespace:
-    """Lay the tab out; `pickers` are the dropdowns of other tabs, which learn of newly loaded models."""
+def build(studio: Studio, pickers: dict[gr.Dropdown, str], title: gr.HTML) -> SimpleNamespace:
+    """Lay the tab out; `pickers` are dropdowns of other tabs and the kind of model in them: they learn of new ones."""
     ui = SimpleNamespace()
-    events = ModelEvents(studio, len(pickers))
+    events = ModelEvents(studio, list(pickers.values()))
     with gr.Row(equal_height=False, elem_classes="mt-page"):
         with gr.Column(scale=0, min_width=300, elem_classes="mt-controls"):
             ui.name = gr.Dropdown(
@@ -46,9 +46,9 @@ def build(studio: Studio, pickers: list[gr.Dropdown], title: gr.HTML) -> SimpleN
 class ModelEvents:
     """The tab's event handlers."""
 
-    def __init__(self, studio: Studio, num_pickers: int):
-        self.studio, self.catalogue, self.num_pickers = studio, studio.catalogue, num_pickers
-        num_outputs = NUM_OUTPUTS + num_pickers
+    def __init__(self, studio: Studio, picker_kinds: list[str]):
+        self.studio, self.catalogue, self.picker_kinds = studio, studio.catalogue, picker_kinds
+        num_outputs = NUM_OUTPUTS + len(picker_kinds)
         self.load, self.unload = speaks(num_outputs)(self._load), speaks(num_outputs)(self._unload)
 
     def _load(self, name: str | None):
@@ -64,10 +64,9 @@ class ModelEvents:
 
     def refresh(self) -> list:
         """The tab as things are now, and the dropdowns of the other tabs."""
-        choices = self.catalogue.choices()
         return [
             self.table(), self.memory(), self.studio.title(), gr.Dropdown(choices=self.names()),
-            *(gr.Dropdown(choices=choices) for _ in range(self.num_pickers)),
+            *(gr.Dropdown(choices=self.catalogue.choices(kind)) for kind in self.picker_kinds),
         ]  # fmt: skip
 
     def names(self) -> list[tuple[str, str]]:

@@ -165,6 +165,16 @@ class User:
             self.page.wait_for_timeout(200)
             self.page.locator("#image-slider [data-testid=status-tracker]:not(.hide)").wait_for(state="detached")
 
+    def made(self, count: int) -> list[str]:
+        """The Generate tab's finished pictures, when there are `count` and the run has ended."""
+        self.page.wait_for_function(
+            "count => document.querySelectorAll('#generate-grid .mt-made').length === count"
+            " && !document.querySelector('#generate-grid .mt-progress span')",
+            arg=count,
+        )
+        images = self.page.locator("#generate-grid .mt-made img")
+        return [images.nth(index).get_attribute("src") for index in range(count)]
+
     @property
     def toasts(self):
         """Messages on the page."""
