@@ -189,7 +189,7 @@ def test_endpoint(studio_url, tmp_path):
     for file, image in zip(files, expected, strict=True):
         assert difference(Image.open(file), image) <= 2
     for arguments, reason in (
-        (("xar-tiny", ["flagz"], 0, 4, 3.0), "Did you mean 'flags'"),
+        (("xar-tiny", ["flagz"], 0, 4, 3.0), "Did you mean"),
         (("xar-tiny", "flags", 0, 4, 3.0), "list"),
         (("xar-tiny", ["flags"], -1, 4, 3.0), "seeds are"),
         (("xar-tiny", ["flags"], 0, 0, 3.0), "from 1 to 1000"),
