@@ -1,17 +1,22 @@
 """Parts of the studio without a server: jobs and device, the model shelf, sessions, access, code, drawings."""
 
 import copy
+import re
+import shlex
 import threading
 import time
 
 import mediatok as mt
 import pytest
 import torch
-from mediatok.app import studio_actions, studio_code, studio_plots, studio_views
+from mediatok.app import cli, studio_actions, studio_code, studio_plots, studio_views
 from mediatok.app.studio import check_access, launch
+from mediatok.app.studio_code import generation_command
+from mediatok.app.studio_gallery import waiting_grid
+from mediatok.app.studio_generation import make_pictures
 from mediatok.app.studio_models import Catalogue
 from mediatok.app.studio_session import Session
-from mediatok.app.studio_worker import Device, Job, ModelShelf
+from mediatok.app.studio_worker import Device, Job, ModelShelf, newest
 from mediatok.evaluation.rate import RatePoint
 from PIL import Image
 
@@ -78,6 +83,74 @@ def test_on_step_raises_when_stopped():
     job.stop()
     with pytest.raises(mt.Cancelled):
         job.on_step(2, 2, preview=None)
+
+
+def test_newest_skips_what_nobody_waited_for_and_gives_the_result_last():
+    seen = threading.Event()
+
+    def work(emit):
+        emit(1)
+        seen.wait(10)
+        for number in range(2, 50):
+            emit(number)
+        return "result"
+
+    stream = newest(work)
+    assert next(stream) == 1
+    seen.set()
+    time.sleep(0.2)
+    assert list(stream) == [49, "result"]
+
+
+def test_newest_raises_what_the_work_raises():
+    def work(emit):
+        raise mt.InvalidInput("no")
+
+    with pytest.raises(mt.InvalidInput, match="no"):
+        list(newest(work))
+
+
+def test_stopped_run_keeps_finished_batches():
+    generator, job, seen = mt.load("xar-tiny"), Job(), []
+
+    def emit(progress):
+        seen.append(progress)
+        if len(progress.gallery.pictures) == 4:
+            job.stop()
+
+    gallery = make_pictures(generator, "xar-tiny", ["flags"] * 9, 1, 2, 3.0, job, emit)
+    assert (len(gallery.pictures), gallery.asked) == (4, 9)
+    assert [picture.recipe.seed for picture in gallery.pictures] == [1, 2, 3, 4]
+    assert any(progress.previews is not None for progress in seen)
+    shares = [progress.share for progress in seen]
+    assert shares == sorted(shares)
+
+
+def test_commands_of_an_edit(tmp_path, monkeypatch):
+    generator = mt.load("maskgit-tiny")
+    first = make_pictures(generator, "maskgit-tiny", ["flags"], 1, 3, 2.0, Job()).pictures[0]
+    keep = (0, 1, 2, 9)
+    gallery = make_pictures(generator, "maskgit-tiny", ["flags", "flags"], 5, 4, 2.5, Job(), None, first, keep)
+    assert [picture.content[0, list(keep)].tolist() for picture in gallery.pictures] == [
+        first.content[0, list(keep)].tolist()
+    ] * 2
+    monkeypatch.chdir(tmp_path)
+    for line in generation_command(gallery).splitlines():
+        with pytest.raises(SystemExit) as ended:
+            cli.main(shlex.split(line)[1:])
+        assert not ended.value.code
+    for picture in gallery.pictures:
+        made = mt.read_image(tmp_path / "generated" / f"flags-{picture.recipe.seed}.png")
+        assert made.tobytes() == picture.image.tobytes()
+
+
+def test_gallery_grid_wastes_no_place():
+    sizes = {
+        count: re.search(r"--columns:(\d+);--rows:(\d+)", waiting_grid(count, 1)) for count in (1, 2, 4, 8, 16, 32)
+    }
+    assert {count: (int(found[1]), int(found[2])) for count, found in sizes.items()} == {
+        1: (1, 1), 2: (2, 1), 4: (2, 2), 8: (4, 2), 16: (4, 4), 32: (7, 5)
+    }  # fmt: skip
 
 
 def test_shelf_keeps_what_fits():
