@@ -37,7 +37,7 @@ def load_tokenizer(name: str, device: str = "cpu", dtype: str = "float32"):
 
 
 def load_generator(name: str, device: str = "cpu", dtype: str = "float32"):
-    """The generator called `name` (registry name, folder or hub id), on a device that exists."""
+    """The generator called `name` (registry name, folder or hub id), on a device that exists, to be used only."""
     check_device(device)
     from ..core import registry
 
@@ -51,6 +51,7 @@ def load_generator(name: str, device: str = "cpu", dtype: str = "float32"):
     if not hasattr(model, "generate"):
         hint = nearest_names(f"maskgit-{name}", known) or f" The generators are {', '.join(known)}."
         raise InvalidInput(f"{name} is a tokenizer, and this takes a generator.{hint}")
+    model.pack_network()
     return model
 
 

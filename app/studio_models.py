@@ -45,7 +45,7 @@ class Catalogue:
         self.models_dir = None if models_dir is None else Path(models_dir).resolve()
         if self.models_dir is not None and not self.models_dir.is_dir():
             raise InvalidInput(f"--models: {models_dir} is not a folder")
-        self.shelf = ModelShelf(lambda source: load(source, device=device))
+        self.shelf = ModelShelf(lambda source: _load(source, device))
         self._by_name: dict[str, ModelRow] = {}  # loaded by name in the Models tab
 
     def rows(self) -> list[ModelRow]:
@@ -134,6 +134,14 @@ class Catalogue:
 def shortened(name: str) -> str:
     """A tokenizer's name as a .mtok file keeps it: 24 bytes at most."""
     return name.encode()[:24].decode(errors="ignore")
+
+
+def _load(source: str, device: str | None):
+    """A model that is only ever used."""
+    model = load(source, device=device)
+    if hasattr(model, "pack_network"):
+        model.pack_network()
+    return model
 
 
 def _kind(class_name: str) -> str:

@@ -168,9 +168,10 @@ class ModelShelf:
 
 
 def model_bytes(model) -> int:
-    """Bytes of a model's parameters and buffers."""
+    """Bytes of a model's parameters and buffers, packed ones included."""
     tensors = [*model.parameters(), *model.buffers()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    packed = sum(getattr(module, "packed_bytes", 0) for module in model.modules())
+    return packed + sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def default_model_memory() -> int:

@@ -29,7 +29,10 @@ class FixedNoise(GumbelNoise):
 
 
 def build(way: str) -> torch.nn.Module:
-    return mt.create(NAME, seed=0, dtype=DTYPES[way])
+    model = mt.create(NAME, seed=0, dtype=DTYPES[way])
+    if way != "plain":
+        model.pack_network()
+    return model
 
 
 def calls(way: str, model: torch.nn.Module) -> dict[str, Callable[[], torch.Tensor]]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..kernels.packed_linear import PackedLinear
 from ..kernels.precision import compute_dtype
 from ..nn.layers import LayerNorm, Linear, widened
 
@@ -28,8 +29,11 @@ class Attention(nn.Module):
     def forward(self, x_BLW: Tensor, positions_BK: Tensor | None = None) -> Tensor:
         """Attend from all positions, or only from `positions_BK`, to all positions."""
         split = "b l (n h d) -> n b h l d"
-        if positions_BK is None:
+        if positions_BK is None or isinstance(self.qkv, PackedLinear):
             q_BHLD, k_BHLD, v_BHLD = rearrange(self.qkv(x_BLW), split, n=3, h=self.num_heads)
+            if positions_BK is not None:  # packed weights cannot be cut
+                places = positions_BK[:, None, :, None].expand(-1, self.num_heads, -1, q_BHLD.shape[-1])
+                q_BHLD = q_BHLD.gather(2, places)
         else:
             weight, bias = widened(self.qkv.weight, x_BLW), widened(self.qkv.bias, x_BLW)
             width = x_BLW.shape[-1]

@@ -128,7 +128,7 @@ class XARTransformer(nn.Module):
 
     def condition(self, labels: Tensor, time_index: Tensor) -> Tensor:
         """SiLU of the condition [..., D] for class numbers and times 0..1000 (int64, broadcast against each other)."""
-        dtype = compute_dtype(self.pred.weight.dtype, self.pred.weight.device)
+        dtype = compute_dtype(self.z_norm.dtype, self.z_norm.device)
         features = self.time_mlp(time_features(time_index).to(dtype))
         return F.silu(self.class_emb(labels).to(dtype) + features)
 
@@ -150,8 +150,8 @@ class XARTransformer(nn.Module):
         modulations: one [R, L, 6D] or [R, 1, 6D] for each block. mask: what each token may see (everything, if None).
         cache: finished entities that all tokens see, too.
         """
-        dtype = compute_dtype(self.pred.weight.dtype, self.pred.weight.device)
-        h_RLD = self.z_proj(x_RLC.to(dtype)) + widened(self.encoder_pos_embed[:, tokens], x_RLC)
+        dtype = compute_dtype(self.z_norm.dtype, self.z_norm.device)
+        h_RLD = self.z_proj(x_RLC.to(dtype)) + self.encoder_pos_embed[:, tokens].to(dtype)
         h_RLD = rms_norm(h_RLD, self.z_norm)
         for layer, (block, modulation) in enumerate(zip(self.blocks, modulations, strict=True)):
             if layer == self.first_depth:

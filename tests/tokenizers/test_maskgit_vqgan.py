@@ -83,7 +83,7 @@ def test_folded_upsampling_equals_the_two_steps(size, monkeypatch):
 @torch.no_grad()
 def test_bfloat16_weights_decode_closely(has_matrix_units, vqgan, io, monkeypatch):
     """Both ways: products in bfloat16, and fp32 products of bfloat16 weights on CPUs without bf16 matrix units."""
-    monkeypatch.setattr(precision, "has_bfloat16_matrix_units", lambda: has_matrix_units)
+    monkeypatch.setattr(precision, "has_bfloat16_products", lambda: has_matrix_units)
     vqgan.cast(torch.bfloat16)
     assert vqgan.decoder.conv_in.weight.dtype == torch.bfloat16
     decoded = vqgan.decode_ids(io["square_codes"])

@@ -1,0 +1,63 @@
+"""Linear layers whose weights are laid out once for this processor, in the place of torch's own layout.
+
+torch hands a row-major weight to the matrix product, which rearranges it at every call. With few rows, as in sampling
+one picture, that takes a good part of the time. oneDNN keeps the rearranged weight instead; results agree to rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..core.errors import InvalidInput
+from .precision import compute_dtype
+
+WAY_OUT = "packed weights can only be used; load the model again to train, save or move it"
+
+
+def can_pack() -> bool:
+    """Whether this torch has oneDNN's packed products."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+class PackedLinear(nn.Module):
+    """x [..., K] to [..., N] as `nn.Linear`, for inference on the CPU; takes the weight of `linear` [N, K]."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        with torch.no_grad():
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+            self._bias = None if linear.bias is None else linear.bias.detach().clone()
+        self.packed_bytes = linear.weight.numel() * linear.weight.element_size()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x.to(self._packed.dtype), self._packed, self._bias, "none", [], "")
+
+    def _save_to_state_dict(self, *args) -> None:
+        raise InvalidInput(WAY_OUT)
+
+    def train(self, mode: bool = True):
+        if mode:
+            raise InvalidInput(WAY_OUT)
+        return super().train(False)
+
+    def _apply(self, fn, recurse: bool = True):
+        probe = torch.empty(0, dtype=self._packed.dtype)
+        moved = fn(probe)
+        if moved.device != probe.device or moved.dtype != probe.dtype:
+            raise InvalidInput(WAY_OUT)
+        return self
+
+
+def pack_linears(network: nn.Module) -> None:
+    """Replace every linear layer below `network` by a packed one, layer by layer, so that no memory is added.
+
+    Layers that are stored in bfloat16 and computed in fp32 stay: packing would widen them for good.
+    """
+    for parent in list(network.modules()):
+        for name, child in list(parent.named_children()):
+            if not isinstance(child, nn.Linear):
+                continue
+            weight = child.weight
+            if compute_dtype(weight.dtype, weight.device) == weight.dtype:
+                setattr(parent, name, PackedLinear(child))
