@@ -23,7 +23,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..kernels.packed_linear import can_pack, pack_linears
 from .base import Model, OnStep, report
 from .errors import InvalidInput, LimitExceeded, TokenizerMismatch, nearest_names
 from .image_tokenizer import ImageTokenizer, as_list
@@ -116,6 +115,14 @@ class ImageGenerator(Model):
     @abstractmethod
     def bytes_per_image(self) -> int:
         """Estimated memory of generating one more picture in a batch, decoding included."""
+
+    @abstractmethod
+    def pack_network(self) -> None:
+        """Lay the network's weights out for this processor, in their place: the same pictures, sooner.
+
+        From then on the model can only generate: to train, save or move it, load it again. Does nothing where the
+        model is not on the CPU, or torch lacks oneDNN.
+        """
 
     # Generating.
 
@@ -211,16 +218,6 @@ class ImageGenerator(Model):
     def noise_device(self) -> torch.device:
         """Where noise is drawn: on the CPU a seed gives the same picture on every device."""
         return torch.device("cpu")
-
-    def pack_network(self) -> None:
-        """Lay the network's weights out for this processor, in their place: the same pictures, sooner.
-
-        From then on the model can only generate: to train, save or move it, load it again. Does nothing where the
-        model is not on the CPU, or torch lacks oneDNN.
-        """
-        if self.device.type == "cpu" and can_pack():
-            self.eval().requires_grad_(False)
-            pack_linears(self.transformer)
 
     # The tokenizer.
 

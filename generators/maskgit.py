@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..core.errors import InvalidInput, TokenizerMismatch
 from ..core.generator import GeneratorOutput, ImageGenerator, check_number, check_steps
+from ..kernels.packed_linear import pack_for_inference
 from ..nn.layers import Linear
 from .maskgit_networks import UViT, ViT, init_weights, take
 
@@ -145,6 +146,7 @@ class MaskGIT(ImageGenerator):
             self.transformer = UViT(num_ids, num_tokens + 1, *sizes)
         self.lm_head = Linear(hidden_size, codebook_size)
         init_weights(self.lm_head, nn.init.normal_ if network == "vit" else nn.init.trunc_normal_)
+        self._near_CC: Tensor | None = None  # of `train_with_near_codes`
 
     @property
     def mask_id(self) -> int:
@@ -166,7 +168,22 @@ class MaskGIT(ImageGenerator):
         is_masked_BN = self.draw_mask(torch.rand(batch, generator=rng), torch.rand(ids_BN.shape, generator=rng))
         is_dropped_B = torch.rand(batch, generator=rng) < self.config.class_label_dropout
         labels_B = torch.where(is_dropped_B.to(labels_B.device), self.config.num_classes, labels_B)
-        return self.masked_token_loss(ids_BN, is_masked_BN.to(ids_BN.device), labels_B)[0]
+        is_masked_BN = is_masked_BN.to(ids_BN.device)
+        if self._near_CC is None or not self.training:
+            return self.masked_token_loss(ids_BN, is_masked_BN, labels_B)[0]
+        target_BNC = self._near_CC[ids_BN]
+        read_BN = torch.multinomial(target_BNC.flatten(0, 1).cpu(), 1, generator=rng).view_as(ids_BN)
+        return self.masked_token_loss(ids_BN, is_masked_BN, labels_B, read_BN.to(ids_BN.device), target_BNC)[0]
+
+    def train_with_near_codes(self, codebook_CD: Tensor, temperature: float) -> None:
+        """From now on codes near a picture's own count as right, too, and are read in their place now and then.
+
+        "Soft labeling" and "stochastic sampling" of Lee et al. 2022 (arXiv 2203.01941, section 3.2.3): each code stands
+        for softmax(-squared distance / `temperature`) over the codebook [C, D]. It helps where the training pictures
+        are few for so many codes. Validation is as before.
+        """
+        codebook_CD = codebook_CD.detach().float()
+        self._near_CC = torch.softmax(-torch.cdist(codebook_CD, codebook_CD).square() / temperature, dim=-1)
 
     @staticmethod
     def draw_mask(ratio_B: Tensor, order_BN: Tensor) -> Tensor:
@@ -177,12 +194,18 @@ class MaskGIT(ImageGenerator):
         return order_BN.argsort(dim=-1) < counts_B[:, None]
 
     def masked_token_loss(
-        self, ids_BN: Tensor, is_masked_BN: Tensor, labels_B: Tensor
-    ) -> tuple[GeneratorOutput, Tensor]:
-        """Smoothed cross entropy at every position, unmasked ones weighing less; and the logits [B, N, C]."""
-        logits_BNC = self.logits(torch.where(is_masked_BN, self.mask_id, ids_BN), labels_B).float()
+        self, ids_BN: Tensor, is_masked_BN: Tensor, labels_B: Tensor,
+        read_BN: Tensor | None = None, target_BNC: Tensor | None = None,
+    ) -> tuple[GeneratorOutput, Tensor]:  # fmt: skip
+        """Smoothed cross entropy at every position, unmasked ones weighing less; and the logits [B, N, C].
+
+        The network reads `read_BN` and is to predict the distributions `target_BNC`; both are `ids_BN` by default.
+        """
+        read_BN = ids_BN if read_BN is None else read_BN
+        logits_BNC = self.logits(torch.where(is_masked_BN, self.mask_id, read_BN), labels_B).float()
+        target = ids_BN if target_BNC is None else target_BNC.movedim(-1, 1)
         loss_BN = F.cross_entropy(
-            logits_BNC.movedim(-1, 1), ids_BN, reduction="none", label_smoothing=self.config.label_smoothing
+            logits_BNC.movedim(-1, 1), target, reduction="none", label_smoothing=self.config.label_smoothing
         )
         weight_BN = torch.where(is_masked_BN, 1.0, self.config.loss_weight_unmasked_token)
         loss = (weight_BN * loss_BN).sum() / (weight_BN.sum() + 1e-8)
@@ -202,6 +225,9 @@ class MaskGIT(ImageGenerator):
 
     def _with_class(self, ids_BN: Tensor, labels_B: Tensor) -> Tensor:
         return torch.cat([(self.mask_id + 1 + labels_B)[:, None], ids_BN], dim=1)
+
+    def pack_network(self) -> None:
+        pack_for_inference(self, self.transformer)
 
     def compile_network(self, **options) -> None:
         """Run the transformer through `torch.compile` from now on: on a GPU a step is one CUDA graph.

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..core.errors import InvalidInput, TokenizerMismatch
 from ..core.generator import GeneratorOutput, ImageGenerator, check_number, check_steps
+from ..kernels.packed_linear import pack_for_inference
 from .xar_layout import Layout
 from .xar_network import KeyValueCache, XARTransformer
 
@@ -235,6 +236,9 @@ class XAR(ImageGenerator):
 
     def generate_content(self, labels_B, settings, rngs, start=None, keep_BU=None, on_step=None) -> Tensor:
         return self.generate_latents(labels_B, settings, rngs, start, keep_BU, on_step)
+
+    def pack_network(self) -> None:
+        pack_for_inference(self, self.transformer)
 
     def compile_network(self, **options) -> None:
         """Run the transformer's cached calls through `torch.compile` from now on: on a GPU each is one CUDA graph.

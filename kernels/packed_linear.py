@@ -49,6 +49,13 @@ class PackedLinear(nn.Module):
         return self
 
 
+def pack_for_inference(model: nn.Module, network: nn.Module) -> None:
+    """Pack the `network` of a model that is on the CPU, from now on to be used only; leave others as they are."""
+    if can_pack() and all(parameter.device.type == "cpu" for parameter in network.parameters()):
+        model.eval().requires_grad_(False)
+        pack_linears(network)
+
+
 def pack_linears(network: nn.Module) -> None:
     """Replace every linear layer below `network` by a packed one, layer by layer, so that no memory is added.
 

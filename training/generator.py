@@ -49,6 +49,8 @@ class GeneratorTrainer(Trainer):
             self.raw_model.use_tokenizer(self.tokenizer)
         except TokenizerMismatch as error:
             raise InvalidRecipe(f"tokenizer: {error}") from error
+        if recipe.model.near_codes is not None:
+            self.raw_model.train_with_near_codes(self.tokenizer.quantize.codebook(), recipe.model.near_codes)
 
     def build_optimizers(self) -> None:
         optimizer = self.recipe.optimizer

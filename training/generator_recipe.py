@@ -17,12 +17,20 @@ class GeneratorModelRecipe(Section):
 
     config: arguments of the class, over those of `like`; what follows from the tokenizer and the labels is filled in.
     like: a name from `mediatok models` whose sizes are taken. init_from: a folder in our layout to start from.
+    near_codes: MaskGIT's `train_with_near_codes` with this temperature; None for hard targets.
     """
 
     class_name: Literal["MaskGIT", "XAR"]
     like: str | None = None
     config: dict[str, Any] = {}  # noqa: RUF012
     init_from: Path | None = None
+    near_codes: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _has_codes(self):
+        if self.near_codes is not None and self.class_name != "MaskGIT":
+            raise ValueError(f"near_codes is for MaskGIT; {self.class_name} has no codes")
+        return self
 
 
 class GeneratorDataRecipe(DataRecipe):

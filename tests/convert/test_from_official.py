@@ -236,7 +236,7 @@ def test_unknown_missing_and_misshapen_keys_are_listed(case):
 def test_systems():
     config, weights = load("titok/maskgit_vqgan")
     assert type(from_official("maskgit_vqgan", config, weights)).__name__ == "MaskGitVQGAN"
-    config, weights = load("one_d_piece/lengths_wide")
+    config, weights = load("one_d_piece/lengths")
     assert type(from_official("one_d_piece", config, weights)).__name__ == "OneDPiece"
     for wrong in ("tiktok", ""):
         with pytest.raises(InvalidCheckpoint, match="unknown system"):

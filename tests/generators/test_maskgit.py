@@ -154,6 +154,30 @@ def test_bfloat16_is_close(tmp_path):
         assert error < 0.05 * whole.logits(ids, labels).abs().max()
 
 
+def test_near_codes_count_as_right_and_are_read():
+    generator, labels = model("uvit", label_smoothing=0.0), torch.tensor([0, 1, 2, 0])
+    ids, codebook = torch.randint(0, 40, (4, 9)), torch.randn(40, 5)
+    forward = lambda: generator(ids, labels, torch.Generator().manual_seed(3)).loss  # noqa: E731
+    expected = forward()
+    generator.train_with_near_codes(codebook, 1e-4)  # so cold that every code stands for itself
+    torch.testing.assert_close(generator.train()(ids, labels, torch.Generator().manual_seed(3)).loss, expected)
+    generator.train_with_near_codes(codebook, 5.0)
+    read, logits = [], generator.logits
+    generator.logits = lambda ids_BN, labels_B: read.append(ids_BN) or logits(ids_BN, labels_B)
+    assert generator.train()(ids, labels, torch.Generator().manual_seed(3)).loss != expected
+    seen = read[0] != generator.mask_id
+    assert seen.any()
+    assert (read[0] != ids)[seen].any()
+    generator.eval()
+    torch.testing.assert_close(forward(), expected)  # validation is as before
+
+    # The loss is the cross entropy with the softmax of the distances.
+    target = torch.softmax(-torch.cdist(codebook, codebook).square() / 5.0, dim=-1)[ids]
+    mask = torch.ones(4, 9, dtype=torch.bool)
+    output, values = generator.masked_token_loss(ids, mask, labels, ids, target)
+    torch.testing.assert_close(output.loss, -(target * values.log_softmax(-1)).sum(-1).mean())
+
+
 def test_the_compiled_network_gives_the_same_ids():
     generator, labels = model("uvit"), torch.tensor([0, 1])
     expected = generator.generate_ids(labels, settings(), rngs(0, 1))

@@ -113,6 +113,8 @@ def run(values, output, stop_at=None):
 def test_ten_and_ten_steps_equal_twenty(make_values, tmp_path, class_name, encode):
     values = make_values(class_name, data={"encode": encode})
     values["data"] = make_values(class_name)["data"] | {"encode": encode}
+    if class_name == "MaskGIT":
+        values["model"] |= {"near_codes": 0.3}  # its draws are part of the state, too
     tensors, state = run(values, tmp_path / "whole")
     run(values, tmp_path / "parts", stop_at=10)
     again, state_again = run(values, tmp_path / "parts")
@@ -199,6 +201,8 @@ def test_a_stale_cache_is_not_used(make_values, tmp_path, tokenizers):
         ("model", {"class_name": "XAR", "config": SIZES["XAR"]}, "no latent map"),
         ("model", {"class_name": "MaskGIT", "config": {"num_tokens": 5}}, "num_tokens is 5, but the data say 4"),
         ("model", {"class_name": "MaskGIT", "config": {"hiden_size": 5}}, "hidden_size"),
+        ("model", {"class_name": "XAR", "near_codes": 0.1}, "near_codes is for MaskGIT"),
+        ("model", {"class_name": "MaskGIT", "near_codes": 0}, "greater than 0"),
         ("model", {"class_name": "MaskGIT", "like": "maskgit-titok-l23"}, "maskgit-titok-l32"),
     ],
 )
