@@ -147,9 +147,7 @@ def test_bad_cases_are_named(tmp_path):
 
 
 def test_system_comes_from_the_parent_folder(tmp_path):
-    folder = copy_case(
-        CASES / "one_d_piece/lengths", tmp_path / "one_d_piece" / "x", lambda io, c: c.pop("system")
-    )
+    folder = copy_case(CASES / "one_d_piece/lengths", tmp_path / "one_d_piece" / "x", lambda io, c: c.pop("system"))
     assert parity.run([folder], lambda line: None)
 
 
