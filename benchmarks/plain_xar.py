@@ -13,8 +13,19 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from mediatok.generators.xar import XAR, XARSettings, time_index
-from mediatok.generators.xar_network import NUM_MODULATIONS, rms_norm, rotate
+from mediatok.generators.xar_network import EPS, NUM_MODULATIONS
 from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
+    normed = F.rms_norm(x, x.shape[-1:], eps=EPS)
+    return normed if weight is None else normed * weight
+
+
+def rotate(x: Tensor, rotary_2LK: Tensor) -> Tensor:
+    cos, sin = rotary_2LK.repeat_interleave(2, dim=-1)
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return x * cos + torch.stack([-odd, even], dim=-1).flatten(-2) * sin
 
 
 class PlainXAR:

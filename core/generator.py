@@ -79,6 +79,10 @@ class ImageGenerator(Model):
         """(rows, columns) when unit i covers cell i of the picture in raster order; None when units have no place."""
 
     @abstractmethod
+    def class_rows(self) -> tuple[str, slice]:
+        """Where the classes are embedded: a parameter's name, and its rows (of every class, then of "no class")."""
+
+    @abstractmethod
     def settings(self, steps=None, guidance: float | None = None, **options) -> Any:
         """Checked settings of a run, a frozen dataclass with `steps`, `guidance`, `total_steps` and the options.
 

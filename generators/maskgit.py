@@ -160,6 +160,10 @@ class MaskGIT(ImageGenerator):
     def unit_grid(self) -> None:
         return None
 
+    def class_rows(self) -> tuple[str, slice]:
+        first = self.mask_id + 1
+        return "transformer.embeddings.weight", slice(first, first + self.config.num_classes + 1)
+
     # Training (TiTok's recipe).
 
     def forward(self, ids_BN: Tensor, labels_B: Tensor, rng: torch.Generator | None = None) -> GeneratorOutput:
@@ -172,8 +176,10 @@ class MaskGIT(ImageGenerator):
         if self._near_CC is None or not self.training:
             return self.masked_token_loss(ids_BN, is_masked_BN, labels_B)[0]
         target_BNC = self._near_CC[ids_BN]
-        read_BN = torch.multinomial(target_BNC.flatten(0, 1).cpu(), 1, generator=rng).view_as(ids_BN)
-        return self.masked_token_loss(ids_BN, is_masked_BN, labels_B, read_BN.to(ids_BN.device), target_BNC)[0]
+        # One draw from each row by its cumulative sum: torch.multinomial takes a random number for each code.
+        chance_BN1 = torch.rand(*ids_BN.shape, 1, generator=rng).to(ids_BN.device)
+        read_BN = torch.searchsorted(target_BNC.cumsum(-1), chance_BN1)[..., 0].clamp(max=self.mask_id - 1)
+        return self.masked_token_loss(ids_BN, is_masked_BN, labels_B, read_BN, target_BNC)[0]
 
     def train_with_near_codes(self, codebook_CD: Tensor, temperature: float) -> None:
         """From now on codes near a picture's own count as right, too, and are read in their place now and then.

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..kernels.attention import attention
 from ..kernels.packed_linear import PackedLinear
 from ..kernels.precision import compute_dtype
 from ..nn.layers import LayerNorm, Linear, widened
@@ -42,7 +43,7 @@ class Attention(nn.Module):
             (q_BHLD,) = rearrange(q_BKW, split, n=1, h=self.num_heads)
             k_BHLD, v_BHLD = rearrange(F.linear(x_BLW, weight[width:], kv_bias), split, n=2, h=self.num_heads)
         dropout = self.dropout if self.training else 0.0
-        y_BHLD = F.scaled_dot_product_attention(q_BHLD, k_BHLD, v_BHLD, dropout_p=dropout)
+        y_BHLD = attention(q_BHLD, k_BHLD, v_BHLD, dropout=dropout)
         return self.proj(rearrange(y_BHLD, "b h l d -> b l (h d)"))
 
 

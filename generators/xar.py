@@ -137,6 +137,9 @@ class XAR(ImageGenerator):
     def unit_grid(self) -> tuple[int, int] | None:
         return self.entities.entity_grid
 
+    def class_rows(self) -> tuple[str, slice]:
+        return "transformer.class_emb.weight", slice(0, self.config.num_classes + 1)
+
     # Training (section 3.3).
 
     def forward(self, latents_BCGG: Tensor, labels_B: Tensor, rng: torch.Generator | None = None) -> GeneratorOutput:
@@ -161,7 +164,7 @@ class XAR(ImageGenerator):
     def velocities(self, x_BTC: Tensor, time_index_BE: Tensor, labels_B: Tensor) -> Tensor:
         """Velocities fp32 [B, T, C] of a whole sequence whose entities stand at times 0 .. 1000 (int64)."""
         condition_BED = self.transformer.condition(labels_B[:, None], time_index_BE)
-        modulations = [self.entities.spread(m_BEM) for m_BEM in self.transformer.modulations(condition_BED)]
+        modulations = [self.entities.in_equal_groups(m_BEM) for m_BEM in self.transformer.modulations(condition_BED)]
         mask = self.visible if self.num_units > 1 else None
         return self.transformer(x_BTC, modulations, self.rotary, slice(None), mask)
 
@@ -311,7 +314,7 @@ class _Run:
         shape = (layout.sizes[entity], self.model.config.latent_channels)
         device = self.x_BTC.device
         times = settings.times(entity)
-        self._forget_times(keep=times)
+        self._prepare_times(times)
         x_BLC = self.noise.start(entity, shape).to(device, torch.float64)
         for step, (now, then) in enumerate(pairwise(times)):
             v_BLC = self._velocity(x_BLC.float(), tokens, now, weight).double()
@@ -340,6 +343,8 @@ class _Run:
         tokens = self.model.entities.tokens_of(entity)
         rows = len(self.class_of_row_R)
         x_RLC = self.x_BTC[:, tokens].repeat(rows // self.batch, 1, 1)
+        if 0.0 not in self.modulations:  # no entity was generated so far
+            self._prepare_times([0.0])
         self._call(x_RLC, tokens, 0.0)
         self.cache.length = tokens.stop
 
@@ -350,19 +355,22 @@ class _Run:
         return unconditional + weight * (conditional - unconditional)
 
     def _call(self, x_RLC: Tensor, tokens: slice, time: float) -> Tensor:
-        modulations = [m_K1M[self.class_of_row_R[: len(x_RLC)]] for m_K1M in self._modulations(time)]
+        modulations = [m_K1M[self.class_of_row_R[: len(x_RLC)]] for m_K1M in self.modulations[time]]
         return self.network(x_RLC, modulations, self.model.rotary[:, tokens], tokens, None, self.cache)
 
-    def _modulations(self, time: float) -> list[Tensor]:
-        """Of every class in the batch at `time`: a [K, 1, 6D] a block, computed once for all entities."""
-        if time not in self.modulations:
-            index = time_index(torch.tensor([time])).to(self.classes.device)
-            condition_K1D = self.model.transformer.condition(self.classes[:, None], index[None])
-            self.modulations[time] = self.model.transformer.modulations(condition_K1D)
-        return self.modulations[time]
+    def _prepare_times(self, times: list[float]) -> None:
+        """Modulations of every class at `times`, a [K, 1, 6D] a block, in one pass over the weights that give them.
 
-    def _forget_times(self, keep: list[float]) -> None:
-        self.modulations = {time: value for time, value in self.modulations.items() if time in keep}
+        Entities with the same times share them; those of other times are forgotten.
+        """
+        kept = {time: self.modulations[time] for time in times if time in self.modulations}
+        missing = [time for time in times if time not in kept]
+        if missing:
+            index_S1 = time_index(torch.tensor(missing, device=self.classes.device))[:, None]
+            condition_SKD = self.model.transformer.condition(self.classes, index_S1)
+            blocks = self.model.transformer.modulations(condition_SKD)
+            kept |= {time: [m_SKM[s][:, None] for m_SKM in blocks] for s, time in enumerate(missing)}
+        self.modulations = kept
 
 
 def time_index(times: Tensor) -> Tensor:

@@ -101,10 +101,11 @@ class Layout:
 
     def spread(self, values_BEX: Tensor) -> Tensor:
         """Per-entity values as per-token values [B, T, X]."""
-        if len(set(self.sizes)) == 1:  # an expand has a cheaper gradient than a gather
-            batch, _, width = values_BEX.shape
-            return values_BEX[:, :, None].expand(-1, -1, self.sizes[0], -1).reshape(batch, -1, width)
         return values_BEX.repeat_interleave(torch.tensor(self.sizes, device=values_BEX.device), dim=1)
+
+    def in_equal_groups(self, values_BEX: Tensor) -> Tensor:
+        """Per-entity values [B, E, X] where all entities have the same size, else per-token values [B, T, X]."""
+        return values_BEX if len(set(self.sizes)) == 1 else self.spread(values_BEX)
 
     def entity_of_token(self) -> Tensor:
         """Entity number int64 [T] of each token."""

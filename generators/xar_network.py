@@ -1,7 +1,7 @@
 """The transformer of xAR (specification, "Architecture"): two stacks of adaptive-norm blocks over noisy latent tokens.
 
 Shape suffixes: R rows (pictures, or pictures twice when guided), L tokens of a call, T tokens of the sequence,
-D width, H heads, K head width, C latent channels, E entities.
+D width, H heads, K head width, C latent channels, G groups of neighbouring tokens with the same condition.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..kernels.attention import attention
 from ..kernels.precision import compute_dtype
 from ..nn.layers import Linear, widened
 
@@ -38,15 +39,23 @@ class KeyValueCache:
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
-    """x / rms(x), computed in fp32, times `weight` if there is one."""
-    normed = F.rms_norm(x.float(), x.shape[-1:], eps=EPS).to(x.dtype)
+    """x / rms(x), with the mean taken in fp32, times `weight` if there is one."""
+    if x.device.type == "cpu":  # one pass over x, where F.rms_norm makes five
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        normed = x * torch.rsqrt(norm.square() / x.shape[-1] + EPS).to(x.dtype)
+    else:
+        normed = F.rms_norm(x.float(), x.shape[-1:], eps=EPS).to(x.dtype)
     return normed if weight is None else normed * widened(weight, x)
 
 
-def rotate(x_RHLK: Tensor, rotary_2LK: Tensor) -> Tensor:
+def rotate(x_RLHK: Tensor, rotary_2LK: Tensor) -> Tensor:
     """Turn neighbouring pairs of channels by the angles whose cosines and sines are given."""
-    cos, sin = rotary_2LK.to(x_RHLK.dtype)
-    even, odd = x_RHLK.unflatten(-1, (-1, 2)).unbind(-1)
+    if x_RLHK.device.type == "cpu":  # one complex product, where the plain way makes seven passes
+        turn_L1K = torch.complex(*rotary_2LK.float())[:, None]
+        pairs = torch.view_as_complex(x_RLHK.float().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * turn_L1K).flatten(-2).to(x_RLHK.dtype)
+    cos, sin = rotary_2LK.to(x_RLHK.dtype)[:, :, None]
+    even, odd = x_RLHK.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2)
 
 
@@ -58,12 +67,14 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(proj_dropout)
 
     def forward(self, x_RLD: Tensor, rotary_2LK: Tensor, mask: Tensor | None, cache: KeyValueCache | None, layer: int):
-        q, k, v = rearrange(self.qkv(x_RLD), "r l (n h k) -> n r h l k", n=3, h=self.num_heads)
-        q, k = rotate(q, rotary_2LK), rotate(k, rotary_2LK)
+        heads = rearrange(self.qkv(x_RLD), "r l (n h k) -> r l (n h) k", n=3, h=self.num_heads)
+        turned, v = heads.tensor_split([2 * self.num_heads], dim=2)
+        q, k = rotate(turned, rotary_2LK).chunk(2, dim=2)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         dropout = self.attn_dropout if self.training else 0.0
-        y_RHLK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        y_RHLK = attention(q, k, v, mask, dropout)
         return self.dropout(self.proj(rearrange(y_RHLK, "r h l k -> r l (h k)")))
 
 
@@ -89,12 +100,15 @@ class Block(nn.Module):
         self.attn = Attention(width, num_heads, attn_dropout, proj_dropout)
         self.mlp = GatedMLP(width, hidden, proj_dropout)
 
-    def forward(self, x_RLD, modulation_RLM: Tensor, rotary_2LK, mask=None, cache=None, layer: int = 0) -> Tensor:
-        """`modulation_RLM` is what `ada_lin` gave, for each token [R, L, 6D] or each row [R, 1, 6D]."""
-        gate1, gate2, scale1, scale2, shift1, shift2 = modulation_RLM.chunk(NUM_MODULATIONS, dim=-1)
-        attended = self.attn(torch.addcmul(shift1, rms_norm(x_RLD), 1 + scale1), rotary_2LK, mask, cache, layer)
-        x_RLD = torch.addcmul(x_RLD, gate1, attended)
-        return torch.addcmul(x_RLD, gate2, self.mlp(torch.addcmul(shift2, rms_norm(x_RLD), 1 + scale2)))
+    def forward(self, x_RLD, modulation_RGM: Tensor, rotary_2LK, mask=None, cache=None, layer: int = 0) -> Tensor:
+        """`modulation_RGM` is what `ada_lin` gave for each of G groups of L / G neighbouring tokens: [R, G, 6D]."""
+        gate1, gate2, scale1, scale2, shift1, shift2 = modulation_RGM[:, :, None].chunk(NUM_MODULATIONS, dim=-1)
+        grouped = x_RLD.unflatten(1, (modulation_RGM.shape[1], -1)).shape
+        entering_RLD = torch.addcmul(shift1, rms_norm(x_RLD).view(grouped), 1 + scale1).flatten(1, 2)
+        attended_RLD = self.attn(entering_RLD, rotary_2LK, mask, cache, layer)
+        x_RLD = torch.addcmul(x_RLD.view(grouped), gate1, attended_RLD.view(grouped)).flatten(1, 2)
+        entering_RLD = torch.addcmul(shift2, rms_norm(x_RLD).view(grouped), 1 + scale2).flatten(1, 2)
+        return torch.addcmul(x_RLD.view(grouped), gate2, self.mlp(entering_RLD).view(grouped)).flatten(1, 2)
 
 
 class XARTransformer(nn.Module):
@@ -147,8 +161,8 @@ class XARTransformer(nn.Module):
     ) -> Tensor:
         """Velocities [R, L, C] of the tokens at the places `tokens` of the sequence.
 
-        modulations: one [R, L, 6D] or [R, 1, 6D] for each block. mask: what each token may see (everything, if None).
-        cache: finished entities that all tokens see, too.
+        modulations: one [R, G, 6D] for each block, of G groups of L / G neighbouring tokens.
+        mask: what each token may see (everything, if None). cache: finished entities that all tokens see, too.
         """
         dtype = compute_dtype(self.z_norm.dtype, self.z_norm.device)
         h_RLD = self.z_proj(x_RLC.to(dtype)) + self.encoder_pos_embed[:, tokens].to(dtype)

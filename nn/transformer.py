@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..kernels.attention import attention
 from .layers import LayerNorm, Linear, widened
 
 
@@ -42,7 +43,7 @@ class Attention(nn.Module):
             (q_BHLD,) = rearrange(F.linear(x_BLW[:, keep], q_weight, q_bias), split, n=1, h=self.num_heads)
             k_BHLD, v_BHLD = rearrange(F.linear(x_BLW, kv_weight, kv_bias), split, n=2, h=self.num_heads)
         mask = None if visible_BL is None else visible_BL[:, None, None, :]
-        y_BHLD = F.scaled_dot_product_attention(q_BHLD, k_BHLD, v_BHLD, attn_mask=mask)
+        y_BHLD = attention(q_BHLD, k_BHLD, v_BHLD, mask)
         return self.out_proj(rearrange(y_BHLD, "b h l d -> b l (h d)"))
 
 

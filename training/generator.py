@@ -58,7 +58,7 @@ class GeneratorTrainer(Trainer):
             self.raw_model,
             make_optimizer(
                 self.raw_model.named_parameters(), optimizer.lr, optimizer.betas, optimizer.weight_decay,
-                is_decayed=self.raw_model.is_decayed,
+                is_decayed=self.raw_model.is_decayed, muon=optimizer.muon,
             ),
         )  # fmt: skip
 
@@ -143,13 +143,25 @@ def build_generator(recipe: GeneratorModelRecipe, facts: dict, config: dict | No
     if type(model).__name__ != recipe.class_name or recipe.like:
         raise InvalidRecipe(f"model.init_from holds a {type(model).__name__}: its class and sizes are taken, no others")
     fresh = construct(recipe.class_name, config_of(model) | facts | recipe.config)
-    weights = model.state_dict()
-    if {name: value.shape for name, value in weights.items()} != {
-        name: value.shape for name, value in fresh.state_dict().items()
-    }:
-        raise InvalidRecipe("model.init_from was trained for other classes or another tokenizer: its shapes differ")
-    fresh.load_state_dict(weights)
+    take_weights(fresh, model)
     return fresh
+
+
+def take_weights(fresh, model) -> None:
+    """Copy the weights of `model` into `fresh`, its classes by name; a new class begins as "no class" stands.
+
+    Raises:
+        InvalidRecipe: other shapes than those of the class table differ.
+    """
+    table, rows = fresh.class_rows()
+    given, own = model.state_dict(), fresh.state_dict()  # `own` shares its memory with the parameters
+    row_of = {label: rows.start + number for number, label in enumerate(model.label_names)}
+    kept = [row_of.get(label, -1) for label in fresh.label_names]  # "no class" is the last row
+    given[table] = torch.cat([given[table][: rows.start], given[table][[*kept, -1]]])
+    for name, value in own.items():
+        if name not in given or given[name].shape != value.shape:
+            raise InvalidRecipe(f"model.init_from was trained for another tokenizer: the shape of its {name} differs")
+        value.copy_(given[name])
 
 
 def _sizes_of(recipe: GeneratorModelRecipe) -> dict:

@@ -12,11 +12,18 @@ from .recipe import DataRecipe, OptimizerRecipe, RunRecipe, Section, Weight, loa
 GENERATORS = ("MaskGIT", "XAR")
 
 
+class GeneratorOptimizerRecipe(OptimizerRecipe):
+    """As for tokenizers; `muon` gives the matrices of the blocks to Muon, AdamW keeps the rest."""
+
+    muon: bool = False
+
+
 class GeneratorModelRecipe(Section):
     """Which generator is trained.
 
     config: arguments of the class, over those of `like`; what follows from the tokenizer and the labels is filled in.
-    like: a name from `mediatok models` whose sizes are taken. init_from: a folder in our layout to start from.
+    like: a name from `mediatok models` whose sizes are taken. init_from: a folder in our layout to start from; classes
+    that both know keep what was learned, new ones begin as "no class".
     near_codes: MaskGIT's `train_with_near_codes` with this temperature; None for hard targets.
     """
 
@@ -58,7 +65,7 @@ class GeneratorRecipe(Section):
     model: GeneratorModelRecipe
     tokenizer: Annotated[str, Field(min_length=1)]
     data: GeneratorDataRecipe
-    optimizer: OptimizerRecipe = OptimizerRecipe()
+    optimizer: GeneratorOptimizerRecipe = GeneratorOptimizerRecipe()
     run: RunRecipe = RunRecipe()
 
     @model_validator(mode="after")

@@ -38,20 +38,44 @@ def make_optimizer(
     weight_decay: float,
     no_decay: tuple[str, ...] = NO_DECAY_TITOK,
     is_decayed: Callable[[str, nn.Parameter], bool] | None = None,
-) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters.
+    muon: bool = False,
+) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters; with `muon`, Muon for the matrices of the blocks.
 
     `is_decayed(name, parameter)` says which are decayed; without it, all but vectors and names of `no_decay`.
     """
-    decayed, plain = [], []
+    matrices, decayed, plain = [], [], []
     for name, parameter in named_parameters:
         if parameter.requires_grad:
             is_plain = parameter.ndim < 2 or any(part in name for part in no_decay)
             if is_decayed is not None:
                 is_plain = not is_decayed(name, parameter)
-            (plain if is_plain else decayed).append(parameter)
+            is_matrix = muon and not is_plain and parameter.ndim == 2 and "block" in name
+            (matrices if is_matrix else plain if is_plain else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=betas, fused=True)
+    adamw = torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=betas, fused=True)
+    return MuonAdamW(matrices, adamw, lr, weight_decay) if matrices else adamw
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024) over `matrices`, beside the AdamW of everything else, as one optimizer.
+
+    Muon's update is scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982, section 2.2), so that one rate
+    serves both.
+    """
+
+    def __init__(self, matrices: list[nn.Parameter], adamw: torch.optim.AdamW, lr: float, weight_decay: float):
+        muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        super().__init__([*adamw.param_groups, *muon.param_groups], {})
+        self.adamw, self.muon = adamw, muon
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> None:
+        # Anew each time: `load_state_dict`, which accelerate calls, puts other objects in the place of both.
+        self.adamw.param_groups, self.muon.param_groups = self.param_groups[:-1], self.param_groups[-1:]
+        self.adamw.state = self.muon.state = self.state
+        self.adamw.step(closure)
+        self.muon.step()
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -16,7 +16,7 @@ from mediatok.training.generator import GeneratorTrainer
 from mediatok.training.generator_data import LabelledFolder
 from mediatok.training.generator_recipe import GeneratorDataRecipe, GeneratorRecipe
 from mediatok.training.recipe import check_recipe
-from mediatok.training.schedule import cosine_lr
+from mediatok.training.schedule import cosine_lr, set_lr
 
 CASES = Path(__file__).parent.parent / "parity"
 SIZES = {
@@ -122,6 +122,47 @@ def test_ten_and_ten_steps_equal_twenty(make_values, tmp_path, class_name, encod
         for name, value in content.items():
             assert torch.equal(value, again[file][name]), f"{file}: {name}"
     assert state["samples_seen"] == state_again["samples_seen"] == 80
+
+
+@pytest.mark.parametrize("class_name", SIZES)
+def test_muon_resumes_exactly_and_obeys_the_rate(make_values, tmp_path, class_name):
+    values = make_values(class_name)
+    values["optimizer"] |= {"muon": True}
+    whole, _ = run(values, tmp_path / "whole")
+    run(values, tmp_path / "parts", stop_at=10)
+    again, _ = run(values, tmp_path / "parts")
+    assert any(name.endswith("/momentum_buffer") for name in whole["optimizer"])
+    assert any(name.endswith("/exp_avg") for name in whole["optimizer"])
+    for file, content in whole.items():
+        for name, value in content.items():
+            assert torch.equal(value, again[file][name]), f"{file}: {name}"
+    trainer = GeneratorTrainer(check_recipe(values | {"output": str(tmp_path / "still")}, GeneratorRecipe))
+    before = copy.deepcopy(trainer.raw_model.state_dict())
+    for parameter in trainer.raw_model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    set_lr(trainer.optimizer, 0.0)
+    trainer.optimizer.step()
+    for name, value in trainer.raw_model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_classes_are_taken_over_by_name(make_values, tmp_path, labels):
+    values = make_values("XAR")
+    values["run"] |= {"steps": 5}
+    run(values, tmp_path / "run")
+    source = mt.load(tmp_path / "run" / "model")
+    values["model"] = {"class_name": "XAR", "init_from": str(tmp_path / "run" / "model")}
+    labels.write_text(labels.read_text().replace("Animals", "Birds"))
+    values["data"] |= {"label_fields": ["kind", "category"], "label_weights": {}}
+    model = GeneratorTrainer(check_recipe(values | {"output": str(tmp_path / "b")}, GeneratorRecipe)).raw_model
+    rows = {name: row for row, name in enumerate(source.label_names)}
+    table, old = model.transformer.class_emb.weight, source.transformer.class_emb.weight
+    assert model.label_names == ("kind 0", "kind 1", "kind 2", "birds", "food")
+    for row, name in enumerate([*model.label_names, "no class"]):
+        assert torch.equal(table[row], old[rows.get(name, len(rows))])
+    others = dict(source.named_parameters())
+    for name, value in model.named_parameters():
+        assert name == "transformer.class_emb.weight" or torch.equal(value, others[name])
 
 
 @pytest.mark.parametrize("class_name", SIZES)
