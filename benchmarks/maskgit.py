@@ -1,4 +1,4 @@
-"""MaskGIT over TiTok-L-32, 8 steps: `mediatok` in fp32 and with bfloat16 weights against the plain formulation."""
+"""MaskGIT over TiTok-L-32, 8 steps: `mediatok` in fp32 and bfloat16 against the plain formulation."""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,11 +6,16 @@ from functools import partial
 import mediatok as mt
 import plain_maskgit
 import torch
-from measure import alternate, arguments, peak_mib, record, report_peaks
+from measure import alternate, arguments, peak_mib, record, report_peaks, with_torchs_kernels
 from mediatok.generators.maskgit import GumbelNoise
 
 NAME = "maskgit-titok-l32"
-DTYPES = {"plain": "float32", "fp32": "float32", "bfloat16": "bfloat16"}
+WAYS = {  # dtype, and whether the weights are packed
+    "plain": ("float32", False),
+    "fp32": ("float32", False),
+    "fp32, packed": ("float32", True),
+    "bfloat16, packed": ("bfloat16", True),
+}
 BATCHES = (1, 4)
 
 
@@ -29,8 +34,9 @@ class FixedNoise(GumbelNoise):
 
 
 def build(way: str) -> torch.nn.Module:
-    model = mt.create(NAME, seed=0, dtype=DTYPES[way])
-    if way != "plain":
+    dtype, is_packed = WAYS[way]
+    model = mt.create(NAME, seed=0, dtype=dtype)
+    if is_packed:
         model.pack_network()
     return model
 
@@ -41,18 +47,20 @@ def calls(way: str, model: torch.nn.Module) -> dict[str, Callable[[], torch.Tens
     def ours(labels: torch.Tensor) -> torch.Tensor:
         return model.generate_ids(labels, settings, [torch.Generator().manual_seed(i) for i in range(len(labels))])
 
-    call = partial(plain_maskgit.generate, model, settings=settings) if way == "plain" else ours
+    plain = partial(with_torchs_kernels(plain_maskgit.generate), model, settings=settings)
+    call = plain if way == "plain" else ours
     return {f"batch {size}": partial(call, torch.arange(size)) for size in BATCHES}
 
 
-def equal_ids(model: torch.nn.Module) -> str:
-    """How many ids the two ways share under the same noise, for 4 pictures."""
+def equal_ids(plain_model: torch.nn.Module, model: torch.nn.Module) -> str:
+    """How many ids the plain way and that of `model` share under the same noise, for 4 pictures."""
     generator, labels, settings = torch.Generator().manual_seed(0), torch.arange(4), model.settings()
     shape = (4, model.config.num_tokens)
     tokens = [torch.rand(*shape, model.config.codebook_size, generator=generator) for _ in range(settings.steps)]
     confidence = [torch.rand(shape, generator=generator) for _ in range(settings.steps)]
     numbers = iter([draw for pair in zip(tokens, confidence, strict=True) for draw in pair])
-    plain = plain_maskgit.generate(model, labels, settings, lambda *_: next(numbers))
+    plain_way = with_torchs_kernels(plain_maskgit.generate)
+    plain = plain_way(plain_model, labels, settings, lambda *_: next(numbers))
     ours = model.generate_ids(labels, settings, [], noise=FixedNoise(tokens, confidence))
     return f"{int((plain == ours).sum())} of {ours.numel()} ids"
 
@@ -62,24 +70,25 @@ def main() -> None:
     if options.peak:
         report_peaks(calls(options.peak, build(options.peak)))
         return
-    peaks = {way: peak_mib(way, options.threads) for way in DTYPES}
-    models = {way: build(way) for way in DTYPES}
+    peaks = {way: peak_mib(way, options.threads) for way in WAYS}
+    models = {way: build(way) for way in WAYS}
     lines = [
         "| operation | way | wall s | cpu s | faster than plain: wall (cpu) | peak MiB (added) |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     with torch.inference_mode():
-        agreement = equal_ids(models["fp32"])
+        agreement = {way: equal_ids(models["plain"], models[way]) for way in ("fp32", "fp32, packed")}
     of_way = {way: calls(way, model) for way, model in models.items()}
     for operation in of_way["plain"]:
-        times = alternate({way: of_way[way][operation] for way in DTYPES}, options.repeats)
+        times = alternate({way: of_way[way][operation] for way in WAYS}, options.repeats)
         for way, taken in times.items():
             ratio, peak = {clock: times["plain"][clock] / taken[clock] for clock in taken}, peaks[way][operation]
             lines.append(
                 f"| {operation} | {way} | {taken['wall']:.3f} | {taken['cpu']:.3f} "
                 f"| {ratio['wall']:.2f}x ({ratio['cpu']:.2f}x) | {peak['peak']:.0f} ({peak['added']:.0f}) |"
             )
-    lines += ["", f"Under the same noise, fp32 and the plain way give equal ids: {agreement}."]
+    equal = "; ".join(f"{way}: {count}" for way, count in agreement.items())
+    lines += ["", f"Ids that equal those of the plain way under the same noise: {equal}."]
     record("maskgit", lines, options)
 
 

@@ -17,9 +17,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
+from mediatok.kernels import attention, linear
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -48,6 +51,18 @@ def alternate(ways: dict[str, Callable[[], object]], repeats: int) -> dict[str, 
                     walls[name].append(time.perf_counter() - wall)
                     cpus[name].append(time.process_time() - cpu)
     return {name: {"wall": statistics.median(walls[name]), "cpu": statistics.median(cpus[name])} for name in ways}
+
+
+def with_torchs_kernels(call: Callable) -> Callable:
+    """`call` with the products and the attention that torch picks, in the place of `kernels/`: for the plain ways."""
+
+    @wraps(call)
+    def plain(*args, **kwargs):
+        with patch.object(linear, "can_pack", lambda: False), \
+             patch.object(attention, "_products_are_faster", lambda *tensors: False):  # fmt: skip
+            return call(*args, **kwargs)
+
+    return plain
 
 
 def peak_mib(way: str, threads: int) -> dict[str, dict[str, float]]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..core.errors import InvalidInput, TokenizerMismatch
 from ..core.generator import GeneratorOutput, ImageGenerator, check_number, check_steps
-from ..kernels.packed_linear import pack_for_inference
+from ..kernels.linear import pack_for_inference
 from ..nn.layers import Linear
 from .maskgit_networks import UViT, ViT, init_weights, take
 

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..kernels.attention import attention
-from ..kernels.packed_linear import PackedLinear
+from ..kernels.linear import PackedLinear, linear
 from ..kernels.precision import compute_dtype
 from ..nn.layers import LayerNorm, Linear, widened
 
@@ -39,9 +39,9 @@ class Attention(nn.Module):
             weight, bias = widened(self.qkv.weight, x_BLW), widened(self.qkv.bias, x_BLW)
             width = x_BLW.shape[-1]
             q_bias, kv_bias = (None, None) if bias is None else bias.split([width, 2 * width])
-            q_BKW = F.linear(take(x_BLW, positions_BK), weight[:width], q_bias)
+            q_BKW = linear(take(x_BLW, positions_BK), weight[:width], q_bias)
             (q_BHLD,) = rearrange(q_BKW, split, n=1, h=self.num_heads)
-            k_BHLD, v_BHLD = rearrange(F.linear(x_BLW, weight[width:], kv_bias), split, n=2, h=self.num_heads)
+            k_BHLD, v_BHLD = rearrange(linear(x_BLW, weight[width:], kv_bias), split, n=2, h=self.num_heads)
         dropout = self.dropout if self.training else 0.0
         y_BHLD = attention(q_BHLD, k_BHLD, v_BHLD, dropout=dropout)
         return self.proj(rearrange(y_BHLD, "b h l d -> b l (h d)"))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..core.errors import InvalidInput, TokenizerMismatch
 from ..core.generator import GeneratorOutput, ImageGenerator, check_number, check_steps
-from ..kernels.packed_linear import pack_for_inference
+from ..kernels.linear import pack_for_inference
 from .xar_layout import Layout
 from .xar_network import KeyValueCache, XARTransformer
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.linear import linear
+
 
 def widened(weight: Tensor | None, x: Tensor) -> Tensor | None:
     """`weight` in the dtype of `x` if that is the wider one."""
@@ -17,7 +19,7 @@ def widened(weight: Tensor | None, x: Tensor) -> Tensor | None:
 
 class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, widened(self.weight, x), widened(self.bias, x))
+        return linear(x, widened(self.weight, x), widened(self.bias, x))
 
 
 class Conv2d(nn.Conv2d):

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections import OrderedDict
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from ..kernels.attention import attention
+from ..kernels.linear import linear
 from .layers import LayerNorm, Linear, widened
 
 
@@ -34,14 +34,14 @@ class Attention(nn.Module):
         split = "b l (n h d) -> n b h l d"
         weight, bias = widened(self.in_proj_weight, x_BLW), widened(self.in_proj_bias, x_BLW)
         if keep is None:
-            qkv = F.linear(x_BLW, weight, bias)
+            qkv = linear(x_BLW, weight, bias)
             q_BHLD, k_BHLD, v_BHLD = rearrange(qkv, split, n=3, h=self.num_heads)
         else:
             width = x_BLW.shape[-1]
             q_weight, kv_weight = weight.split([width, 2 * width])
             q_bias, kv_bias = bias.split([width, 2 * width])
-            (q_BHLD,) = rearrange(F.linear(x_BLW[:, keep], q_weight, q_bias), split, n=1, h=self.num_heads)
-            k_BHLD, v_BHLD = rearrange(F.linear(x_BLW, kv_weight, kv_bias), split, n=2, h=self.num_heads)
+            (q_BHLD,) = rearrange(linear(x_BLW[:, keep], q_weight, q_bias), split, n=1, h=self.num_heads)
+            k_BHLD, v_BHLD = rearrange(linear(x_BLW, kv_weight, kv_bias), split, n=2, h=self.num_heads)
         mask = None if visible_BL is None else visible_BL[:, None, None, :]
         y_BHLD = attention(q_BHLD, k_BHLD, v_BHLD, mask)
         return self.out_proj(rearrange(y_BHLD, "b h l d -> b l (h d)"))

@@ -5,8 +5,9 @@ import torch
 from mediatok.core.errors import InvalidInput
 from mediatok.generators.maskgit import MaskGIT
 from mediatok.generators.xar import XAR
-from mediatok.kernels import packed_linear, precision
-from mediatok.kernels.packed_linear import PackedLinear, can_pack, pack_linears
+from mediatok.kernels import linear as module
+from mediatok.kernels import precision
+from mediatok.kernels.linear import PackedLinear, can_pack, pack_linears
 from mediatok.nn.layers import Linear
 
 pytestmark = pytest.mark.skipif(not can_pack(), reason="this torch has no oneDNN")
@@ -85,7 +86,7 @@ def test_packed_models_are_not_saved_trained_or_moved(tmp_path):
 
 
 def test_a_torch_without_onednn_is_left_alone(monkeypatch):
-    monkeypatch.setattr(packed_linear.torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(module.torch.backends.mkldnn, "is_available", lambda: False)
     model = MaskGIT(
         network="uvit", hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16,
         codebook_size=8, num_tokens=4, num_classes=3,
