@@ -28,12 +28,14 @@ class Fields:
             raise InvalidCheckpoint(f"{self.where}.{key} must be a whole number from 1 to {limit}, not {value!r}")
         return value
 
-    def integers(self, key: str, default: tuple[int, ...] | None = None) -> tuple[int, ...]:
-        """A list of 1 to 16 whole numbers in [1, 64]."""
+    def integers(
+        self, key: str, default: tuple[int, ...] | None = None, limit: int = 64, may_be_empty: bool = False
+    ) -> tuple[int, ...]:
+        """A list of at most 16 whole numbers in [1, limit]."""
         value = self._get(key, default)
-        whole = isinstance(value, list | tuple) and all(type(item) is int and 1 <= item <= 64 for item in value)
-        if not whole or not 1 <= len(value) <= 16:
-            raise InvalidCheckpoint(f"{self.where}.{key} must be a list of small whole numbers, not {value!r}")
+        whole = isinstance(value, list | tuple) and all(type(item) is int and 1 <= item <= limit for item in value)
+        if not whole or len(value) > 16 or not (value or may_be_empty):
+            raise InvalidCheckpoint(f"{self.where}.{key} must be a list of whole numbers up to {limit}, not {value!r}")
         return tuple(value)
 
     def number(self, key: str, default: float | None = None) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from diffusers import AutoencoderKL
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..core.errors import InvalidCheckpoint
 from ..core.strict import build
 from ..tokenizers.image.kl_vae import KLAutoencoder
-from .fields import Fields
+from .fields import MAX_SIZE, Fields
 from .titok import Config, StateDict
 
 LATENT_SCALE = 0.2325
@@ -23,11 +24,12 @@ NORM_GROUPS = 32
 def from_official(config: Config, state_dict: StateDict) -> AutoencoderKL:
     """Return the `AutoencoderKL` of these official keys, in eval mode; keys below `loss.` are left out.
 
-    `config` holds the `architecture` (`ch`, `ch_mult`, `blocks`, `attn`, `resolution`, `embed`); empty is KL-16.
+    `config` holds the `architecture` (`ch`, `ch_mult`, `blocks`, `attn`, `resolution`, `embed`); what it lacks is as in
+    KL-16. Encoder levels whose nominal side `resolution` / 2**level is in `attn` have attention.
     """
-    architecture = Fields(config.get("architecture", RELEASED), "architecture")
+    architecture = official_architecture(config)
     multipliers = architecture.integers("ch_mult")
-    arguments = autoencoder_arguments(architecture, multipliers)
+    arguments = autoencoder_arguments(architecture)
     scale = Fields(config, "config").number("latent_scale", LATENT_SCALE)
     weights = {
         our_key(key, len(multipliers)): _flattened(key, value)
@@ -38,9 +40,15 @@ def from_official(config: Config, state_dict: StateDict) -> AutoencoderKL:
 
 
 def tokenizer_from_official(config: Config, state_dict: StateDict) -> KLAutoencoder:
-    """The same as a `KLAutoencoder`, with the interface of our tokenizers."""
+    """The same as a `KLAutoencoder`, with the interface of our tokenizers.
+
+    Raises:
+        InvalidCheckpoint: also where an encoder level above the coarsest has attention, which that class does not have.
+    """
     vae = from_official(config, state_dict)
     known = vae.config
+    if any(kind.startswith("Attn") for kind in known.down_block_types[:-1]):
+        raise InvalidCheckpoint("a KLAutoencoder has attention at the coarsest level only; use the AutoencoderKL")
     arguments = {
         "image_size": known.sample_size, "latent_channels": known.latent_channels,
         "block_out_channels": tuple(known.block_out_channels), "layers_per_block": known.layers_per_block,
@@ -50,29 +58,41 @@ def tokenizer_from_official(config: Config, state_dict: StateDict) -> KLAutoenco
     return build(KLAutoencoder, arguments, {f"vae.{key}": value for key, value in vae.state_dict().items()})
 
 
-def autoencoder_arguments(architecture: Fields, multipliers: tuple[int, ...]) -> dict[str, Any]:
+def official_architecture(config: Config) -> Fields:
+    """The `architecture` of a config, completed from KL-16."""
+    given = config.get("architecture", {})
+    return Fields(RELEASED | given if isinstance(given, Mapping) else given, "architecture")
+
+
+def has_attention(architecture: Fields) -> list[bool]:
+    """Of each encoder level, finest first."""
+    sides = architecture.integers("attn", limit=MAX_SIZE, may_be_empty=True)
+    resolution = architecture.integer("resolution")
+    return [resolution // 2**level in sides for level in range(len(architecture.integers("ch_mult")))]
+
+
+def autoencoder_arguments(architecture: Fields) -> dict[str, Any]:
     """Constructor arguments of diffusers' class.
 
     Raises:
         InvalidCheckpoint: a network that the class cannot express.
     """
-    width, resolution = architecture.integer("ch"), architecture.integer("resolution")
+    multipliers, width = architecture.integers("ch_mult"), architecture.integer("ch")
     if multipliers[0] != 1:
-        raise InvalidCheckpoint(f"architecture.ch_mult must begin with 1, not {multipliers[0]}")
-    attention = set(architecture.integers("attn"))
-    levels = len(multipliers)
-    sides = [resolution // 2**level for level in range(levels)]
-    if any(side in attention for side in sides[:-1]) or not architecture.integer("blocks", limit=64):
-        raise InvalidCheckpoint(f"architecture.attn {sorted(attention)}: attention is known at the coarsest level only")
-    last = "AttnDownEncoderBlock2D" if sides[-1] in attention else "DownEncoderBlock2D"
+        raise InvalidCheckpoint(
+            f"architecture.ch_mult begins with {multipliers[0]}, and an AutoencoderKL's first level is as wide as what "
+            "enters it: only 1 can be converted"
+        )
     return {
-        "down_block_types": ("DownEncoderBlock2D",) * (levels - 1) + (last,),
-        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "down_block_types": tuple(
+            "AttnDownEncoderBlock2D" if attends else "DownEncoderBlock2D" for attends in has_attention(architecture)
+        ),
+        "up_block_types": ("UpDecoderBlock2D",) * len(multipliers),
         "block_out_channels": tuple(width * multiplier for multiplier in multipliers),
         "layers_per_block": architecture.integer("blocks", limit=64),
         "latent_channels": architecture.integer("embed"),
         "norm_num_groups": NORM_GROUPS,
-        "sample_size": resolution,
+        "sample_size": architecture.integer("resolution"),
     }
 
 
@@ -80,7 +100,7 @@ def our_key(key: str, levels: int) -> str:
     """diffusers' name of an official key."""
     if match := re.fullmatch(r"(encoder|decoder)\.mid\.block_([12])\.(.+)", key):
         return f"{match[1]}.mid_block.resnets.{int(match[2]) - 1}.{_in_resnet(match[3])}"
-    if match := re.fullmatch(r"(encoder|decoder)\.mid\.attn_1\.(\w+)\.(\w+)", key):
+    if match := re.fullmatch(r"(encoder|decoder)\.mid\.attn_1\.(\w+)\.(.+)", key):
         return f"{match[1]}.mid_block.attentions.0.{ATTENTION.get(match[2], match[2])}.{match[3]}"
     if match := re.fullmatch(r"(encoder|decoder)\.(down|up)\.(\d{1,3})\.(block|attn)\.(\d{1,3})\.(.+)", key):
         level = _level(match[2], int(match[3]), levels)
@@ -88,9 +108,14 @@ def our_key(key: str, levels: int) -> str:
             return f"{match[1]}.{level}.resnets.{match[5]}.{_in_resnet(match[6])}"
         part, _, rest = match[6].partition(".")
         return f"{match[1]}.{level}.attentions.{match[5]}.{ATTENTION.get(part, part)}.{rest}"
-    if match := re.fullmatch(r"(encoder|decoder)\.(down|up)\.(\d{1,3})\.(down|up)sample\.conv\.(\w+)", key):
-        return f"{match[1]}.{_level(match[2], int(match[3]), levels)}.{match[4]}samplers.0.conv.{match[5]}"
+    if match := re.fullmatch(r"(encoder|decoder)\.(down|up)\.(\d{1,3})\.(down|up)sample\.(.+)", key):
+        return f"{match[1]}.{_level(match[2], int(match[3]), levels)}.{match[4]}samplers.0.{match[5]}"
     return key.replace(".norm_out.", ".conv_norm_out.")
+
+
+def our_module(name: str, levels: int) -> str:
+    """diffusers' name of an official module."""
+    return our_key(f"{name}.norm.weight", levels).removesuffix(".weight").rpartition(".")[0]  # as if it held a norm
 
 
 def _level(way: str, number: int, levels: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from inspect import signature
 from math import isqrt
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InvalidCheckpoint
-from ..core.strict import build
+from ..core.strict import build, check_keys
 from ..generators.xar import XAR, released_configs
+from ..generators.xar_network import NUM_MODULATIONS, TIME_FEATURES
 from .fields import Fields
 from .titok import Config, StateDict
 
@@ -37,11 +39,12 @@ def from_official(config: Config, state_dict: StateDict) -> XAR:
     """
     arguments = xar_arguments(config, state_dict)
     derived = {key: value for key, value in state_dict.items() if key == "mask" or ROPE.fullmatch(key)}
+    saved = {key: value for key, value in state_dict.items() if key not in derived}
+    check_keys(official_shapes(arguments), saved)
     packed: dict[str, dict[int, Tensor]] = {}
-    for key, value in state_dict.items():
-        if key not in derived:
-            name, half = place(key, arguments["encoder_depth"])
-            packed.setdefault(name, {})[half or 0] = value
+    for key, value in saved.items():
+        name, half = place(key, arguments["encoder_depth"])
+        packed.setdefault(name, {})[half or 0] = value
     weights = {name: torch.cat([parts[i] for i in sorted(parts)]) for name, parts in packed.items()}
     model = build(XAR, arguments, weights)
     _check_derived(model, derived)
@@ -53,10 +56,35 @@ def place(key: str, first_depth: int) -> tuple[str, int | None]:
     if match := re.fullmatch(r"(encoder|decoder)_blocks\.(\d{1,4})\.(.+)\.(weight|bias)", key):
         block = int(match[2]) + (first_depth if match[1] == "decoder" else 0)
         module = match[3].replace("ada_lin.1", "ada_lin")
-        return f"transformer.blocks.{block}.{GATED.get(module, (module,))[0]}.{match[4]}", GATED.get(module, (0, None))[
-            1
-        ]
+        module, half = GATED.get(module, (module, None))
+        return f"transformer.blocks.{block}.{module}.{match[4]}", half
     return NAMES.get(key, f"transformer.{key.replace('time_embed.mlp', 'time_mlp')}"), None
+
+
+def official_shapes(arguments: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Every official parameter, and its shape, of an `XAR` with these constructor arguments."""
+    given = {name: item.default for name, item in signature(XAR.__init__).parameters.items()} | dict(arguments)
+    width, channels, tokens = given["embed_dim"], given["latent_channels"], given["grid"] ** 2
+    hidden = int(width * given["mlp_ratio"] * 2 / 3)
+    shapes = {
+        "encoder_pos_embed_learned": (1, tokens, width), "decoder_pos_embed_learned": (1, tokens, width),
+        "class_emb.weight": (given["num_classes"] + 1, width),
+    }  # fmt: skip
+    shapes |= {f"{norm}.weight": (width,) for norm in ("z_proj_ln", "encoder_norm", "decoder_norm")}
+    linears = {
+        "time_embed.mlp.0": (width, TIME_FEATURES), "time_embed.mlp.2": (width, width), "z_proj": (width, channels),
+        "decoder_embed": (width, width), "pred": (channels, width),
+    }  # fmt: skip
+    for stack in ("encoder", "decoder"):
+        for number in range(given[f"{stack}_depth"]):
+            block = f"{stack}_blocks.{number}"
+            linears |= {
+                f"{block}.attn.qkv": (3 * width, width), f"{block}.attn.proj": (width, width),
+                f"{block}.mlp.fc1_g": (hidden, width), f"{block}.mlp.fc1_x": (hidden, width),
+                f"{block}.mlp.fc2": (width, hidden), f"{block}.ada_lin.1": (NUM_MODULATIONS * width, width),
+            }  # fmt: skip
+    shapes |= {f"{name}.weight": shape for name, shape in linears.items()}
+    return shapes | {f"{name}.bias": shape[:1] for name, shape in linears.items()}
 
 
 def xar_arguments(config: Config, state_dict: StateDict) -> dict[str, Any]:
@@ -66,29 +94,45 @@ def xar_arguments(config: Config, state_dict: StateDict) -> dict[str, Any]:
     _, tokens, _ = _shape(shapes, "encoder_pos_embed_learned", 3)
     _, channels = _shape(shapes, "z_proj.weight", 2)
     depths = [_depth(shapes, stack) for stack in ("encoder_blocks", "decoder_blocks")]
-    grid = isqrt(tokens)
-    arguments = {
-        "grid": grid, "layout": "cell", "layout_size": min(CELL_SIDE, grid), "latent_channels": channels,
-        "embed_dim": width, "encoder_depth": depths[0], "decoder_depth": depths[1], "num_classes": classes - 1,
+    measured = {
+        "latent_channels": channels, "embed_dim": width, "encoder_depth": depths[0], "decoder_depth": depths[1],
+        "num_classes": classes - 1,
     }  # fmt: skip
-    sizes = (width, depths[0])
-    released = {(known["embed_dim"], known["encoder_depth"]): known for known in released_configs().values()}
     if "constructor" in config:
-        constructor = Fields(config["constructor"], "constructor")
-        geometry = Fields(config.get("geometry"), "geometry")
-        arguments |= {
-            "grid": geometry.integer("grid"), "layout_size": geometry.integer("cell_side"),
-            "num_heads": constructor.integer("encoder_num_heads"), "mlp_ratio": constructor.number("mlp_ratio", 4.0),
-            "label_drop_prob": constructor.number("label_drop_prob", 0.1),
-            "attn_dropout": constructor.number("attn_dropout", 0.1),
-            "proj_dropout": constructor.number("proj_dropout", 0.1),
-        }  # fmt: skip
-    elif sizes in released:
-        arguments |= released[sizes]
-    else:
+        return case_arguments(config) | measured
+    released = {(known["embed_dim"], known["encoder_depth"]): known for known in released_configs().values()}
+    if (width, depths[0]) not in released:
         known = ", ".join(f"{width} with {depth}" for width, depth in released)
         raise InvalidCheckpoint(f"no released xAR is {width} wide with {depths[0]} blocks a stack ({known})")
-    return arguments
+    grid = isqrt(tokens)
+    layout = {"grid": grid, "layout": "cell", "layout_size": min(CELL_SIDE, grid)}
+    return layout | measured | released[width, depths[0]]
+
+
+def case_arguments(config: Config) -> dict[str, Any]:
+    """Constructor arguments from the authors' `constructor` arguments and, where there is one, a case's `geometry`."""
+    constructor, geometry = (
+        Fields(config.get("constructor"), "constructor"),
+        Fields(config.get("geometry", {}), "geometry"),
+    )
+    grid = constructor.integer("img_size", 256) // constructor.integer("vae_stride", 16)
+    side = grid // isqrt(constructor.integer("clusters", 4))
+    width, heads = constructor.integer("encoder_embed_dim"), constructor.integer("encoder_num_heads")
+    others = constructor.integer("decoder_embed_dim", width), constructor.integer("decoder_num_heads", heads)
+    if others != (width, heads):
+        raise InvalidCheckpoint(
+            f"both stacks of an xAR have the same width and heads, not {width} and {heads}, "
+            f"then {others[0]} and {others[1]}"
+        )
+    return {
+        "grid": geometry.integer("grid", grid), "layout": "cell", "layout_size": geometry.integer("cell_side", side),
+        "latent_channels": constructor.integer("vae_embed_dim", 16), "embed_dim": width, "num_heads": heads,
+        "encoder_depth": constructor.integer("encoder_depth"), "decoder_depth": constructor.integer("decoder_depth"),
+        "num_classes": constructor.integer("class_num", 1000), "mlp_ratio": constructor.number("mlp_ratio", 4.0),
+        "label_drop_prob": constructor.number("label_drop_prob", 0.1),
+        "attn_dropout": constructor.number("attn_dropout", 0.1),
+        "proj_dropout": constructor.number("proj_dropout", 0.1),
+    }  # fmt: skip
 
 
 def _shape(shapes: Mapping[str, tuple[int, ...]], key: str, ndim: int) -> tuple[int, ...]:

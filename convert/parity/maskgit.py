@@ -15,7 +15,6 @@ from .titok import to_uint8
 
 LOGITS = Tolerance(atol=1e-4, rtol=1e-4)
 TINY = 1e-20
-LABEL_DROP = 0.1
 
 
 class RecordedNoise(GumbelNoise):
@@ -51,7 +50,7 @@ def replay_network(replay: Replay) -> None:
         replay.check("forward.logits_uncond", model.logits(ids, no_class), LOGITS)
         dropped = torch.where(replay.input("forward.drop_u") < 0.5, no_class, labels)
         replay.check("forward.logits_drop50", model.logits(ids, dropped), LOGITS)
-        for name, official in replay.case.setting("generate").items():
+        for name, official in replay.case.setting("generate", default={}).items():
             _replay_generation(replay, model, labels, f"gen.{name}.", official)
 
 
@@ -82,7 +81,8 @@ def replay_training(replay: Replay) -> None:
     is_masked = model.draw_mask(replay.input("mask.u_ratio"), replay.input("mask.u_perm"))
     replay.check("mask.mask", is_masked)
     replay.check("mask.tokens", torch.where(is_masked, model.mask_id, tokens))
-    dropped = torch.where(replay.input("drop_u") < LABEL_DROP, model.config.num_classes, labels)
+    is_dropped = replay.input("drop_u") < model.config.class_label_dropout
+    dropped = torch.where(is_dropped, model.config.num_classes, labels)
     output, logits = model.masked_token_loss(tokens, is_masked, dropped)
     replay.check("logits", logits, LOGITS)
     replay.check("loss", output.loss, LOSS)
@@ -105,7 +105,9 @@ def replay_end_to_end(replay: Replay) -> None:
     model = maskgit.from_official({"official_config": setting("generator")}, replay.case.weights())
     model.use_tokenizer(titok.from_official(setting("tokenizer"), replay.case.weights("tokenizer.safetensors")))
     noise = RecordedNoise(replay.input("u_tokens"), replay.input("u_confidence"))
-    ids = model.generate_ids(replay.input("labels"), settings_of(model, setting("sample_fn")), [], noise=noise)
+    ids = model.generate_ids(
+        replay.input("labels"), settings_of(model, setting("sample_fn", default={})), [], noise=noise
+    )
     replay.check("ids", ids)
     with torch.no_grad():
         image = model.decode_content(ids)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -21,6 +19,7 @@ GRADIENT = Tolerance(atol=1e-6, rtol=1e-4)
 CELLS = Tolerance(atol=5e-5)
 FULL_SIZE = Tolerance(atol=1e-3)
 SAMPLERS = {"euler_maruyama_sampler": "sde", "euler_sampler": "ode"}
+SAME_INNER = ("attn", "attn.qkv", "attn.proj", "mlp", "mlp.fc2")  # modules of a block that are called so here and there
 FACTORIES = {"xar_base": "xar-b", "xar_large": "xar-l", "xar_huge": "xar-h"}
 
 
@@ -39,7 +38,7 @@ class RecordedNoise(SeededNoise):
 
 def replay_training(replay: Replay) -> None:
     """Kind training_loss: velocities, loss, gradients and inner outputs."""
-    model = xar.from_official(replay.case.config, replay.case.weights())
+    model = case_model(replay)
     labels = replay.input("in.labels")
     dropped = replay.input("in.label_drop_uniform") < model.config.label_drop_prob
     labels = torch.where(dropped, model.config.num_classes, labels)
@@ -64,36 +63,56 @@ def replay_training(replay: Replay) -> None:
         replay.check(match[0], ours, GRADIENT)
 
 
-def replay_sampling(replay: Replay) -> None:
+def replay_sampling(replay: Replay, tolerance: Tolerance = CELLS) -> None:
     """Kind sampling: every network input and output, and the pictures' latents."""
-    model = xar.from_official(replay.case.config, replay.case.weights())
+    model = case_model(replay)
     labels, starts = replay.input("in.labels"), replay.input("in.latents")
     sampler = replay.case.setting("sampler", default="euler_maruyama_sampler")
     if sampler not in SAMPLERS:
         raise InvalidInput(f"{replay.case.folder}: unknown sampler {sampler!r}")
     steps, guidance = int(replay.case.setting("num_steps")), float(replay.case.setting("cfg"))
     settings = model.settings(steps, guidance, sampler=SAMPLERS[sampler])
-    eps = replay.input("in.eps") if replay.has("in.eps") else None
+    noise = RecordedNoise(starts, replay.input("in.eps") if SAMPLERS[sampler] == "sde" else None)
     inputs: list[Tensor] = []
-
-    def keep(module, args) -> None:
-        if len(inputs) < model.num_units * (steps + 1):
-            inputs.append(args[0][: len(labels)])
-
-    handle = model.transformer.register_forward_pre_hook(keep)
-    latents = model.generate_latents(labels, settings, [], noise=RecordedNoise(starts, eps))
+    handle = model.transformer.register_forward_pre_hook(lambda module, args: inputs.append(args[0][: len(labels)]))
+    latents = model.generate_latents(labels, settings, [], noise=noise)
     handle.remove()
     del inputs[steps :: steps + 1]  # the clean run of a finished cell
     cells = rearrange(model.entities.to_sequence(latents), "b (e l) c -> e b l c", e=model.num_units)
-    replay.check("out.cells", cells.double(), CELLS)
-    replay.check("out.latent_map", latents, CELLS)
+    replay.check("out.cells", cells.double(), tolerance)
+    replay.check("out.latent_map", latents, tolerance)
     x_ESBLC = torch.stack(inputs).unflatten(0, (model.num_units, steps))
-    replay.check("mid.x", x_ESBLC, CELLS)
+    replay.check("mid.x", x_ESBLC, tolerance)
     times = torch.tensor([settings.times(entity)[:-1] for entity in range(model.num_units)])
     replay.check("mid.time_index", time_index(times))
-    # From what was recorded, so that rounding in earlier steps does not count again.
-    recorded = [replay.case.io[name].float() for name in ("out.cells", "mid.x")]
-    _replay_calls(replay, model, labels, *recorded, time_index(times))
+    if replay.has("mid.v") or any(replay.matches(r"mid[.]call.+")):
+        # From what was recorded, so that rounding in earlier steps does not count again.
+        recorded_cells, recorded_x = replay.case.io.get("out.cells", cells), replay.case.io.get("mid.x", x_ESBLC)
+        _replay_calls(replay, model, labels, recorded_cells.float(), recorded_x.float(), time_index(times))
+
+
+def replay_full_size(replay: Replay) -> None:
+    """Kind sampling_full_size: a released size, whose many terms add up to more rounding."""
+    replay_sampling(replay, FULL_SIZE)
+
+
+def case_model(replay: Replay) -> XAR:
+    """The case's model, with its stored weights, or those that are drawn by recipe."""
+    case, config = replay.case, replay.case.config
+    factory = case.setting("factory", default="")
+    if factory and factory not in FACTORIES:
+        raise InvalidInput(f"{case.folder}: unknown factory {factory!r}")
+    if (case.folder / "weights.safetensors").is_file():
+        return xar.from_official(config, case.weights())
+    from ...core.registry import constructor_arguments, find_entry
+
+    if factory:
+        arguments = constructor_arguments(find_entry(FACTORIES[factory]))
+    else:
+        arguments = xar.case_arguments(config)
+    shapes = xar.official_shapes(arguments)
+    seed = int(case.setting("weights_recipe_seed"))
+    return xar.from_official(config, {name: recipe_tensor(name, shape, seed) for name, shape in shapes.items()})
 
 
 def _replay_calls(
@@ -125,48 +144,6 @@ def _replay_calls(
     replay.check("mid.v", torch.stack(velocities).unflatten(0, (entities, steps)), CELLS)
 
 
-def replay_full_size(replay: Replay) -> None:
-    """Kind sampling_full_size: a released size, its weights drawn by recipe."""
-    factory = replay.case.setting("factory")
-    if factory not in FACTORIES:
-        raise InvalidInput(f"{replay.case.folder}: unknown factory {factory!r}")
-    from ...core.registry import constructor_arguments, find_entry
-
-    with torch.device("meta"):
-        shapes = official_shapes(XAR(**constructor_arguments(find_entry(FACTORIES[factory]))))
-    seed = int(replay.case.setting("weights_recipe_seed"))
-    model = xar.from_official({}, {name: recipe_tensor(name, shape, seed) for name, shape in shapes.items()})
-    settings = model.settings(int(replay.case.setting("num_steps")), float(replay.case.setting("cfg")))
-    noise = RecordedNoise(replay.input("in.latents"), replay.input("in.eps"))
-    latents = model.generate_latents(replay.input("in.labels"), settings, [], noise=noise)
-    cells = rearrange(model.entities.to_sequence(latents), "b (e l) c -> e b l c", e=model.num_units)
-    replay.check("out.cells", cells.double(), FULL_SIZE)
-    replay.check("out.latent_map", latents, FULL_SIZE)
-
-
-def official_shapes(model: XAR) -> dict[str, tuple[int, ...]]:
-    """Official parameter names and shapes of a model of ours."""
-    names = {ours: theirs for theirs, ours in xar.NAMES.items()}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, parameter in model.named_parameters():
-        shape = tuple(parameter.shape)
-        if match := re.fullmatch(r"transformer\.blocks\.(\d+)\.(.+)", name):
-            number = int(match[1])
-            is_first = number < model.config.encoder_depth
-            number -= 0 if is_first else model.config.encoder_depth
-            prefix = f"{'encoder' if is_first else 'decoder'}_blocks.{number}."
-            rest = match[2].replace("ada_lin.", "ada_lin.1.")
-            if rest.startswith("mlp.fc1."):
-                half = (shape[0] // 2, *shape[1:])
-                shapes |= {prefix + rest.replace("fc1", part): half for part in ("fc1_g", "fc1_x")}
-            else:
-                shapes[prefix + rest] = shape
-        else:
-            plain = name.removeprefix("transformer.").replace("time_mlp", "time_embed.mlp")
-            shapes[names.get(name, plain)] = shape
-    return shapes
-
-
 class Taps:
     """Collects, while it is open, what the official modules would have given in one pass over whole sequences."""
 
@@ -176,9 +153,10 @@ class Taps:
     def __enter__(self) -> Taps:
         network = self.model.transformer
         modules = {"z_proj": network.z_proj, "time": network.time_mlp, "decoder_embed": network.decoder_embed}
+        modules["pred"] = network.pred
         for number, block in enumerate(network.blocks):
-            below = {"": block, ".attn": block.attn, ".mlp": block.mlp, ".ada_lin": block.ada_lin}
-            modules |= {f"{number}{name}": module for name, module in below.items()}
+            below = {name: block.get_submodule(name) for name in (*SAME_INNER, "ada_lin", "mlp.fc1")}
+            modules |= {f"{number}": block} | {f"{number}.{name}": module for name, module in below.items()}
 
         def keep(name: str):
             def hook(module, args, output) -> None:
@@ -209,12 +187,14 @@ class Taps:
             "encoder_norm": rms_norm(outputs[str(first - 1)], network.encoder_norm),
             "decoder_embed": outputs["decoder_embed"],
             "decoder_norm": rms_norm(outputs[str(last)], network.decoder_norm),
+            "pred": outputs["pred"],
         }
         for number in range(last + 1):
             stack = f"encoder_blocks.{number}" if number < first else f"decoder_blocks.{number - first}"
             named[stack] = outputs[str(number)]
-            named[f"{stack}.attn"] = outputs[f"{number}.attn"]
-            named[f"{stack}.mlp"] = outputs[f"{number}.mlp"]
+            named |= {f"{stack}.{name}": outputs[f"{number}.{name}"] for name in SAME_INNER}
+            gate, value = outputs[f"{number}.mlp.fc1"].chunk(2, dim=-1)
+            named |= {f"{stack}.mlp.fc1_g": gate, f"{stack}.mlp.fc1_x": value}
             named[f"{stack}.norm1"] = rms_norm(self.inputs[str(number)])
             named[f"{stack}.ada_lin"] = rearrange(outputs[f"{number}.ada_lin"], "b e d -> (e b) d")
         return named
