@@ -44,7 +44,8 @@ class GeneratorTrainer(Trainer):
         )
         config = None if state is None else state["model_config"]
         facts = what_follows(self.tokenizer, recipe, self.folder.labels.names)
-        self.raw_model = build_generator(recipe.model, facts, config).to(self.device).train()
+        wider = self.folder.labels.wider(self.folder.paths)
+        self.raw_model = build_generator(recipe.model, facts, config, wider).to(self.device).train()
         try:
             self.raw_model.use_tokenizer(self.tokenizer)
         except TokenizerMismatch as error:
@@ -126,8 +127,12 @@ def what_follows(tokenizer, recipe: GeneratorRecipe, names: list[str]) -> dict:
     return facts | {"latent_channels": channels, "grid": grid}
 
 
-def build_generator(recipe: GeneratorModelRecipe, facts: dict, config: dict | None = None):
+def build_generator(
+    recipe: GeneratorModelRecipe, facts: dict, config: dict | None = None, wider: dict[str, list[str]] | None = None
+):
     """The generator of `recipe`: fresh, from `init_from`, or random with exactly `config` (that of a checkpoint).
+
+    `wider` gives the classes that a new class of `init_from`'s labels is a part of; see `take_weights`.
 
     Raises:
         InvalidRecipe: names, sizes or facts that do not fit together.
@@ -143,12 +148,14 @@ def build_generator(recipe: GeneratorModelRecipe, facts: dict, config: dict | No
     if type(model).__name__ != recipe.class_name or recipe.like:
         raise InvalidRecipe(f"model.init_from holds a {type(model).__name__}: its class and sizes are taken, no others")
     fresh = construct(recipe.class_name, config_of(model) | facts | recipe.config)
-    take_weights(fresh, model)
+    take_weights(fresh, model, wider or {})
     return fresh
 
 
-def take_weights(fresh, model) -> None:
-    """Copy the weights of `model` into `fresh`, its classes by name; a new class begins as "no class" stands.
+def take_weights(fresh, model, wider: dict[str, list[str]]) -> None:
+    """Copy the weights of `model` into `fresh`, its classes by name.
+
+    A new class begins as the first of its `wider` classes that `model` knows, or as "no class" stands.
 
     Raises:
         InvalidRecipe: other shapes than those of the class table differ.
@@ -156,7 +163,8 @@ def take_weights(fresh, model) -> None:
     table, rows = fresh.class_rows()
     given, own = model.state_dict(), fresh.state_dict()  # `own` shares its memory with the parameters
     row_of = {label: rows.start + number for number, label in enumerate(model.label_names)}
-    kept = [row_of.get(label, -1) for label in fresh.label_names]  # "no class" is the last row
+    known = [[name for name in (label, *wider.get(label, ())) if name in row_of] for label in fresh.label_names]
+    kept = [row_of[names[0]] if names else -1 for names in known]  # "no class" is the last row
     given[table] = torch.cat([given[table][: rows.start], given[table][[*kept, -1]]])
     for name, value in own.items():
         if name not in given or given[name].shape != value.shape:

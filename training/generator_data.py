@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +62,18 @@ class Labels:
     def of(self, path: Path) -> list[int]:
         """The class numbers [F] of a picture, one a field; "no class" where it has none."""
         return [self._number.get(self._value(path, field), len(self.names)) for field in self.fields]
+
+    def wider(self, paths: Sequence[Path]) -> dict[str, list[str]]:
+        """For each class the classes that its pictures mostly bear in the fields before its own, the nearest first."""
+        numbers_NF = np.array([self.of(path) for path in paths])
+        wider: dict[str, list[str]] = {}
+        for field in range(1, len(self.fields)):
+            for number in np.unique(numbers_NF[:, field]):
+                rows_NF = numbers_NF[numbers_NF[:, field] == number, :field]
+                usual = [np.bincount(column).argmax() for column in rows_NF.T[::-1]]
+                if number < len(self.names):
+                    wider.setdefault(self.names[number], [self.names[n] for n in usual if n < len(self.names)])
+        return wider
 
     def weight(self, path: Path) -> float:
         weights = {name.lower(): weight for name, weight in self.recipe.label_weights.items()}

@@ -23,7 +23,7 @@ class GeneratorModelRecipe(Section):
 
     config: arguments of the class, over those of `like`; what follows from the tokenizer and the labels is filled in.
     like: a name from `mediatok models` whose sizes are taken. init_from: a folder in our layout to start from; classes
-    that both know keep what was learned, new ones begin as "no class".
+    that both know keep what was learned, new ones begin as their pictures' class in the label field before stands.
     near_codes: MaskGIT's `train_with_near_codes` with this temperature; None for hard targets.
     """
 
