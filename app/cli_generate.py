@@ -23,6 +23,8 @@ NO_CLASS = "none"
 FOLDER = Path("generated")
 NAME_LENGTH = 40  # of a label in a file name
 GRID_GAP = 2  # pixels between the pictures of a grid
+FLAGS = {"true": True, "yes": True, "false": False, "no": False}
+FILE_SUFFIX = re.compile(r"\.(?=\d*[a-z])[a-z0-9]{1,5}", re.IGNORECASE)  # "x.gif" names a file, "run.2" does not
 
 
 def generate(
@@ -60,7 +62,7 @@ def generate(
     """
     if (edit is None) != (keep is None):
         raise InvalidInput("--edit and --keep go together: the picture to change, and what stays of it")
-    sampling = {"steps": parse_steps(steps), "guidance": guidance, **parse_options(option or [])}
+    sampling = _sampling(steps, guidance, option or [])
     units = None if keep is None else parse_units(keep)
     generator = load_generator(model, device, dtype)
     if list_labels:
@@ -167,17 +169,29 @@ def parse_units(text: str) -> list[int]:
 
 
 def parse_options(pairs: list[str]) -> dict[str, Any]:
-    """["temperature=3", "decay=linear"] as {"temperature": 3, "decay": "linear"}."""
-    options = {}
+    """["temperature=3", "annealing=no", "sampler=ode"] as {"temperature": 3, "annealing": False, "sampler": "ode"}."""
+    options: dict[str, Any] = {}
     for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals or not name.strip():
+        name, equals, value = (part.strip() for part in pair.partition("="))
+        if not equals or not name:
             raise InvalidInput(f"--set {pair} must be name=value")
+        if name in options:
+            raise InvalidInput(f"--set {name} is given twice")
         try:
-            options[name.strip()] = json.loads(value.lower() if value in ("True", "False") else value)
-        except ValueError:
-            options[name.strip()] = value
+            options[name] = FLAGS[value.lower()] if value.lower() in FLAGS else json.loads(value)
+        except (ValueError, RecursionError):
+            options[name] = value
     return options
+
+
+def _sampling(steps: str | None, guidance: float | None, pairs: list[str]) -> dict[str, Any]:
+    """What --steps, --guidance and --set say together."""
+    given = {"steps": parse_steps(steps), "guidance": guidance}
+    options = parse_options(pairs)
+    for name in options:
+        if given.get(name) is not None:
+            raise InvalidInput(f"--{name} and --set {name} say the same thing; give one of them")
+    return given | options
 
 
 def tile(pictures: list, columns: int):
@@ -212,7 +226,7 @@ def _targets(out: Path | None, grid: bool, names: list[str]) -> list[Path]:
         if len(names) > 1:
             raise InvalidInput(f"--out {out} is one file for {len(names)} pictures; name a folder, or add --grid")
         return [out]
-    if out is not None and out.is_file():
+    if out is not None and not out.is_dir() and (out.is_file() or FILE_SUFFIX.fullmatch(out.suffix)):
         raise InvalidInput(f"--out {out} must end in {', '.join(OUTPUT_SUFFIXES)}, or be a folder")
     return [(out or FOLDER) / name for name in names]
 

@@ -59,9 +59,10 @@ def command_code(result: Result) -> str:
 def generation_python(gallery: Gallery) -> str:
     """Python that makes the gallery's pictures again."""
     lines = ["import mediatok as mt", "", f"generator = mt.load({gallery.source!r})"]
-    earlier = _earlier(gallery.pictures[0].recipe)
-    lines += [f"start = generator.sample({_arguments([recipe])})" for recipe in earlier]
-    lines.append(f"made = generator.sample({_arguments([picture.recipe for picture in gallery.pictures])})")
+    recipes = [picture.recipe for picture in gallery.pictures]
+    earlier = _earlier(recipes[0])
+    lines += [f"start = generator.sample({_arguments(gallery, [recipe])})" for recipe in earlier]
+    lines.append(f"made = generator.sample({_arguments(gallery, recipes)})")
     lines += ["for image, seed in zip(made.images, made.seeds):", '    image.save(f"{seed}.png")']
     return "\n".join(lines)
 
@@ -99,10 +100,14 @@ def _earlier(recipe: Recipe) -> list[Recipe]:
     return chain
 
 
-def _arguments(recipes: list[Recipe]) -> str:
+def _arguments(gallery: Gallery, recipes: list[Recipe]) -> str:
     """Arguments of `sample` for recipes that differ in label and seed only."""
-    first, labels = recipes[0], [recipe.label for recipe in recipes]
-    text = f"[{labels[0]!r}] * {len(labels)}" if len(set(labels)) == 1 and len(labels) > 1 else repr(labels)
+    first = recipes[0]
+    runs = [(word, len(list(run))) for word, run in groupby(_word(gallery, recipe.label) for recipe in recipes)]
+    if all(count == 1 for _, count in runs):
+        text = repr([word for word, _ in runs])
+    else:
+        text = " + ".join(f"[{word!r}]" + (f" * {count}" if count > 1 else "") for word, count in runs)
     parts = [text, f"seed={first.seed}"]
     parts += [f"{name}={getattr(first, name)!r}" for name in ("steps", "guidance") if getattr(first, name) is not None]
     if first.start is not None:
@@ -114,7 +119,8 @@ def _generate(gallery: Gallery, recipes: list[Recipe], has_ids: bool, number: in
     """One `mediatok generate`, going on from start file `number` where the recipes say so."""
     first, labels = recipes[0], list(dict.fromkeys(recipe.label for recipe in recipes))
     parts = ["mediatok generate", shlex.quote(gallery.source)]
-    parts += ["none" if label is None else str(label) for label in labels]
+    words = [_word(gallery, label) for label in labels]
+    parts += ["none" if word is None else shlex.quote(str(word)) for word in words]
     parts += [f"--count {len(recipes) // len(labels)}"] * (len(recipes) > len(labels)) + [f"--seed {first.seed}"]
     for name in ("steps", "guidance"):
         value = getattr(first, name)
@@ -122,6 +128,16 @@ def _generate(gallery: Gallery, recipes: list[Recipe], has_ids: bool, number: in
     if first.start is not None:
         parts.append(f"--edit start-{number}.{'mtok' if has_ids else 'png'} --keep {_ranges(first.keep)}")
     return " ".join(parts)
+
+
+def _word(gallery: Gallery, number: int | None) -> str | int | None:
+    """A class as people write it: by its name, or by its number where the name could be taken for something else."""
+    if number is None or not gallery.label_names:
+        return number
+    name = gallery.label_names[number]
+    is_word = name == name.strip() != "" and name[0] not in "+-" and not name.isdecimal() and name.lower() != "none"
+    is_only_one = sum(other.lower() == name.lower() for other in gallery.label_names) == 1
+    return name if is_word and is_only_one else number
 
 
 def _ranges(units: tuple[int, ...]) -> str:

@@ -26,7 +26,7 @@ def gallery_numbers(gallery: Gallery, *, stopped: bool = False) -> str:
     remark = f"stopped, {gallery.asked} asked" if stopped else gallery.model_name
     return number_strip([
         ("Pictures", str(count), remark),
-        ("Seeds", f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} …" if seeds else "–", "count on from the first"),
+        ("Seed" if count == 1 else "Seeds", str(seeds[0]) if seeds else "–", f"to {seeds[-1]}" if count > 1 else ""),
         ("Steps", gallery.steps, "a cell" if gallery.unit_grid else ""),
         ("Guidance", f"{gallery.guidance:g}", ""),
         ("Time", seconds(gallery.seconds), rate),
@@ -80,6 +80,8 @@ def _finished(gallery: Gallery, index: int, chosen: bool) -> str:
     name = f"{gallery.label(picture)}, seed {picture.recipe.seed}"
     is_origin = picture is gallery.origin
     caption = "before" if is_origin else f"seed {picture.recipe.seed} · {seconds(picture.seconds)}"
+    if len({made.recipe.label for made in gallery.pictures}) > 1:
+        caption += f" · {escape(gallery.label(picture))}"
     return (
         f'<button type="button" class="mt-made{" chosen" if chosen else ""}" data-i="{index}" '
         f'title="{escape(name)}" aria-label="{escape(name)}"><img alt="" src="{_source(picture.image)}">'

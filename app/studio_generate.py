@@ -11,6 +11,7 @@ import gradio as gr
 
 from .. import write_image
 from ..core.errors import InvalidInput
+from ..core.generator import MAX_GUIDANCE, MAX_STEPS
 from . import studio_gallery as views
 from .studio_code import generation_command, generation_python, picture_name
 from .studio_context import Studio, hold_back, skips, speaks
@@ -22,6 +23,8 @@ from .studio_worker import newest
 NUM_OUTPUTS = 9
 KEPT_GALLERIES = 3  # folders of files: the page may still be fetching the previous ones
 NUM_SEEDS = 1_000_000  # that are drawn: short enough to read out
+MAX_PAGE_SEED = 2**53 - 1  # browsers round larger numbers
+MAX_OF_EACH = 16  # pictures of one label
 
 
 @dataclass
@@ -50,48 +53,84 @@ class Shown:
         return cls(str(files[session.chosen]), str(archive), generation_python(gallery), command)
 
 
+@dataclass(frozen=True)
+class Numbers:
+    """The tab's number fields as they were typed: None where one is empty."""
+
+    count: float | None
+    seed: float | None
+    fresh: bool
+    steps: float | None
+    guidance: float | None
+
+    def checked(self) -> tuple[int, int, int, float]:
+        """Count, seed (a new one if that is asked for), steps and guidance.
+
+        Raises:
+            InvalidInput: one makes no sense; the message names the field.
+        """
+        return (
+            _whole("Pictures of each", self.count, 1, MAX_OF_EACH),
+            secrets.randbelow(NUM_SEEDS) if self.fresh else _whole("Seed", self.seed, 0, MAX_PAGE_SEED),
+            _whole("Steps", self.steps, 1, MAX_STEPS),
+            _in_range("Guidance", self.guidance, 0, MAX_GUIDANCE),
+        )
+
+
+def _whole(field: str, value, smallest: int, largest: int) -> int:
+    is_whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    return int(_in_range(field, value if is_whole else None, smallest, largest, "a whole number"))
+
+
+def _in_range(field: str, value, smallest: float, largest: float, what: str = "a number") -> float:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not smallest <= value <= largest:
+        raise InvalidInput(f"{field} must be {what} from {smallest:g} to {largest:,.0f}.")
+    return value
+
+
 class GenerateEvents:
     """The tab's event handlers. None of them raises: mistakes become messages, and the page stays as it was."""
 
     def __init__(self, studio: Studio):
         self.studio = studio
 
-    def make(self, session: Session, model: str, labels: list, count: int, seed, fresh, steps, guidance):
+    def make(self, session: Session, model: str, labels: list | None, count, seed, fresh, steps, guidance):
         """Make `count` pictures of each label."""
-        wanted = [label for label in (labels or [None]) for _ in range(int(count))]
-        yield from self._run(session, model, wanted, seed, fresh, steps, guidance)
+        yield from self._run(session, model, labels or [None], Numbers(count, seed, fresh, steps, guidance))
 
-    def vary(self, session: Session, count: int, seed, fresh, steps, guidance, event: gr.EventData):
+    def vary(self, session: Session, count, seed, fresh, steps, guidance, event: gr.EventData):
         """Keep the marked units of the chosen picture and make the rest of it anew, `count` times."""
-        gallery, keep = session.gallery, tuple(int(unit) for unit in event.keep)
+        gallery = session.gallery
         origin = gallery.shown[session.chosen]
-        wanted = [origin.recipe.label] * int(count)
-        yield from self._run(session, gallery.source, wanted, seed, fresh, steps, guidance, origin, keep)
+        numbers = Numbers(count, seed, fresh, steps, guidance)
+        yield from self._run(session, gallery.source, [origin.recipe.label], numbers, origin, event.keep)
 
     def _run(
-        self, session: Session, model: str, labels: list, seed, fresh: bool, steps, guidance,
-        origin: Made | None = None, keep: tuple[int, ...] = (),
+        self, session: Session, model: str, labels: list, numbers: Numbers, origin: Made | None = None, keep=(),
     ) -> Iterator[list]:  # fmt: skip
+        job = None
         with hold_back():
+            keep = tuple(int(unit) for unit in keep)
             if origin is not None and len(keep) == session.gallery.num_units:
                 raise InvalidInput("Everything is kept, so there is nothing to redo: click what should change.")
-            if len(labels) > MAX_PICTURES:
-                raise InvalidInput(f"That would be {len(labels)} pictures; a run makes at most {MAX_PICTURES}.")
-            seed = secrets.randbelow(NUM_SEEDS) if fresh else seed
-            if seed is None or steps is None or guidance is None:
-                raise InvalidInput("Seed, steps and guidance must be numbers.")
+            count, seed, steps, guidance = numbers.checked()
+            if len(labels) * count > MAX_PICTURES:
+                raise InvalidInput(f"That would be {len(labels) * count} pictures; a run makes at most {MAX_PICTURES}.")
+            labels = [label for label in labels for _ in range(count)]
+            generator = self.studio.catalogue.get(model, GENERATOR)
+            generator.label_ids(labels)  # a mistake is told at once, and does not end the run under way
             job = session.start("generate")
             yield [views.waiting_grid(len(labels), self.studio.device.num_jobs + 1), gr.skip(), seed, *skips(6)]
 
             def work(emit) -> Gallery:
-                generator = self.studio.catalogue.get(model, GENERATOR)
                 with self.studio.device.hold(job):
-                    return make_pictures(
-                        generator, model, labels, seed, int(steps), float(guidance), job, emit, origin, keep
-                    )
+                    return make_pictures(generator, model, labels, seed, steps, guidance, job, emit, origin, keep)
 
             try:
                 for news in newest(work):
+                    if session.is_replaced("generate", job):
+                        continue
                     if isinstance(news, Progress):
                         yield [views.progress_grid(news), *skips(NUM_OUTPUTS - 1)]
                     elif news.pictures:
@@ -101,7 +140,10 @@ class GenerateEvents:
             finally:
                 job.stop()  # also when the page was closed
                 session.finish(job)
-        yield [views.gallery_grid(session.gallery, session.chosen), *skips(NUM_OUTPUTS - 1)]
+        if session.is_replaced("generate", job):
+            yield skips(NUM_OUTPUTS)
+        else:
+            yield [views.gallery_grid(session.gallery, session.chosen), *skips(NUM_OUTPUTS - 1)]
 
     def _show(self, session: Session, stopped: bool) -> list:
         gallery, shown = session.gallery, Shown.of(session)
@@ -125,14 +167,17 @@ class GenerateEvents:
 
     def adapt(self, session: Session, model: str, labels: list | None, last_model: str):
         """Fit the controls to another generator; back to the one before if it cannot be loaded."""
+        if model == last_model:  # Gradio tells some choices twice
+            return skips(6)
         with hold_back():
             generator = self.studio.catalogue.get(model, GENERATOR)
-            choices, before = label_choices(generator), label_choices(self.studio.catalogue.get(last_model, GENERATOR))
-            # The same classes, where this model has them.
-            names = {name for name, number in before if number in (labels or [])}
-            labels = [number for name, number in choices if name in names] or [0]
+            names, before = label_names(generator), label_names(self.studio.catalogue.get(last_model, GENERATOR))
+            # The same labels, where this model has them.
+            by_number = dict(enumerate(before))
+            wanted = [by_number.get(label, label) for label in labels or []]
+            labels = [names.index(name) for name in dict.fromkeys(wanted) if name in names]
             steps, guidance = generator.config.num_steps, generator.config.guidance_scale
-            return gr.skip(), model, gr.Dropdown(choices, value=labels), steps, guidance, self.studio.title()
+            return model, model, gr.HTML(value=labels, names=names), steps, guidance, self.studio.title()
         return last_model, *skips(5)
 
     def stop(self, session: Session) -> None:
@@ -141,10 +186,9 @@ class GenerateEvents:
             gr.Info("Nothing is running.", duration=2)
 
 
-def label_choices(generator) -> list[tuple[str, int]]:
-    """(name, class number) of all classes."""
-    names = generator.label_names or [f"class {number}" for number in range(generator.config.num_classes)]
-    return [(name, number) for number, name in enumerate(names)]
+def label_names(generator) -> list[str]:
+    """Name of every class, by number."""
+    return list(generator.label_names) or [f"class {number}" for number in range(generator.config.num_classes)]
 
 
 def _text(gallery: Gallery, picture: Made) -> dict[str, str]:

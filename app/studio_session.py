@@ -82,6 +82,11 @@ class Session:
             job.stop()
         return bool(jobs)
 
+    def is_replaced(self, tab: str, job: Job | None) -> bool:
+        """Whether another job works in the tab now: what this one shows is out of date."""
+        with self._lock:
+            return any(key[0] == tab and other is not job for key, other in self._jobs.items())
+
     def finish(self, job: Job) -> None:
         """Forget a job that has ended."""
         with self._lock:

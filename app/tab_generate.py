@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import gradio as gr
 
 from . import studio_gallery as views
+from .label_picker import label_picker
 from .studio_context import Studio, html
-from .studio_generate import GenerateEvents, Shown, label_choices
+from .studio_generate import MAX_OF_EACH, GenerateEvents, Shown, label_names
 from .studio_generation import FIRST_SEED, MAX_PICTURES, Gallery
 from .studio_models import GENERATOR
 from .studio_session import Session
@@ -28,34 +29,36 @@ def build(studio: Studio, session: gr.State, prototype: Session, title: gr.HTML)
 def _controls(studio: Studio, first: Gallery) -> SimpleNamespace:
     generator = studio.catalogue.get(first.source, GENERATOR)
     ui = SimpleNamespace()
-    ui.model = gr.Dropdown(
-        studio.catalogue.choices(GENERATOR), value=first.source, label="Generator", elem_id="generate-model",
-        filterable=False, info="The model that makes the pictures.",
-    )  # fmt: skip
-    ui.last_model = gr.State(first.source)  # that the labels belong to
     labels = list(dict.fromkeys(picture.recipe.label for picture in first.pictures))
-    ui.labels = gr.Dropdown(
-        label_choices(generator), value=labels, label="What to make", multiselect=True, elem_id="generate-labels",
-        info="Classes; type to search. Empty: the model chooses.",
-    )  # fmt: skip
-    ui.count = gr.Slider(
-        1, 16, value=len(first.pictures) // len(labels), step=1, label="Pictures of each", buttons=[],
-        elem_id="generate-count", info=f"At most {MAX_PICTURES} in all.",
-    )  # fmt: skip
+    with gr.Group(elem_id="generate-what"):
+        ui.model = gr.Dropdown(
+            studio.catalogue.choices(GENERATOR), value=first.source, label="Generator", elem_id="generate-model",
+            filterable=False, info="The model that makes the pictures.",
+        )  # fmt: skip
+        ui.last_model = gr.State(first.source)  # that the labels belong to
+        ui.labels = label_picker(
+            label_names(generator), labels, label="What to make", info="One label or several; type to search.",
+            elem_id="generate-labels",
+        )  # fmt: skip
+        ui.count = gr.Slider(
+            1, MAX_OF_EACH, value=len(first.pictures) // len(labels), step=1, label="Pictures of each", buttons=[],
+            elem_id="generate-count", info=f"At most {MAX_PICTURES} in all.",
+        )  # fmt: skip
+    # No bounds on the number fields: the handlers' messages name the field, Gradio's do not.
     with gr.Group(elem_classes="mt-budget"):
         ui.seed = gr.Number(
-            FIRST_SEED, label="Seed", precision=0, minimum=0, elem_id="generate-seed",
+            FIRST_SEED, label="Seed", step=1, elem_id="generate-seed",
             info="Of the first picture; the others count on.",
         )  # fmt: skip
         ui.fresh = gr.Checkbox(True, label="New seed each time", elem_id="generate-fresh")
     with gr.Accordion("More", open=False, elem_id="generate-more"):
         ui.steps = gr.Number(
-            generator.config.num_steps, label="Steps", precision=0, minimum=1, elem_id="generate-steps",
+            generator.config.num_steps, label="Steps", step=1, elem_id="generate-steps",
             info="More is slower, and better up to a point.",
         )  # fmt: skip
         ui.guidance = gr.Number(
-            generator.config.guidance_scale, label="Guidance", minimum=0, elem_id="generate-guidance",
-            info="Higher follows the class more closely and varies less.",
+            generator.config.guidance_scale, label="Guidance", step=0.5, elem_id="generate-guidance",
+            info="Higher follows the label more closely and varies less.",
         )  # fmt: skip
     with gr.Row(elem_classes="mt-buttons"):
         ui.generate = gr.Button("Generate", size="sm", variant="primary", elem_id="generate-run", min_width=110)
@@ -67,17 +70,17 @@ def _results(prototype: Session, ui: SimpleNamespace) -> None:
     gallery, shown = prototype.gallery, Shown.of(prototype)
     ui.numbers = html(views.gallery_numbers(gallery), elem_id="generate-numbers")
     with gr.Row(equal_height=False, elem_classes="mt-split"):
-        with gr.Column(scale=5, min_width=320, elem_classes="mt-panel mt-tall"):
+        with gr.Column(scale=5, min_width=320, elem_classes="mt-panel mt-show"):
             ui.grid = html(views.gallery_grid(gallery), js_on_load=views.GALLERY_SCRIPT, elem_id="generate-grid")
-        with gr.Column(scale=4, min_width=320, elem_classes="mt-panel mt-tall"):
+        with gr.Column(scale=4, min_width=320, elem_classes="mt-panel mt-show"):
             ui.panel = html(views.chosen_panel(gallery, 0), js_on_load=views.VARY_SCRIPT, elem_id="generate-panel")
             with gr.Row(elem_classes="mt-buttons mt-bottom"):
                 ui.to_image = gr.Button("Use in Image", size="sm", elem_id="generate-to-image", min_width=80)
                 ui.png = gr.DownloadButton("Picture .png", shown.png, size="sm", elem_id="generate-png", min_width=80)
                 ui.zip = gr.DownloadButton("All .zip", shown.zip, size="sm", elem_id="generate-zip", min_width=80)
-    with gr.Row(equal_height=True, elem_classes="mt-split"):
+    with gr.Row(equal_height=True, elem_classes="mt-split", elem_id="generate-code"):
         style = {"interactive": False, "show_line_numbers": False, "wrap_lines": True, "buttons": ["copy"]}
-        style |= {"lines": 7, "max_lines": 7, "min_width": 320}
+        style |= {"lines": 8, "max_lines": 8, "min_width": 320}
         ui.python = gr.Code(
             shown.python, language="python", label="Show code: Python", elem_id="generate-python", **style
         )
@@ -93,9 +96,11 @@ def _connect(studio: Studio, session: gr.State, title: gr.HTML, ui: SimpleNamesp
     settings = [ui.model, ui.labels, ui.count, ui.seed, ui.fresh, ui.steps, ui.guidance]
     # The gallery shows its own progress.
     quiet = {"show_progress": "hidden", "api_visibility": "private"}
-    for listener in (ui.generate.click, ui.seed.submit, ui.steps.submit, ui.guidance.submit):
-        listener(events.make, [session, *settings], outputs, **quiet)
-    ui.panel.submit(events.vary, [session, *settings[2:]], outputs, **quiet)
+    # "multiple": a new run replaces the one under way; else Gradio drops clicks until it has wound the last run up.
+    run = {**quiet, "trigger_mode": "multiple"}
+    for listener in (ui.generate.click, ui.labels.submit, ui.seed.submit, ui.steps.submit, ui.guidance.submit):
+        listener(events.make, [session, *settings], outputs, **run)
+    ui.panel.submit(events.vary, [session, *settings[2:]], outputs, **run)
     adapted = [ui.model, ui.last_model, ui.labels, ui.steps, ui.guidance, title]
     ui.model.input(events.adapt, [session, ui.model, ui.labels, ui.last_model], adapted, **quiet)
     ui.grid.click(events.choose, [session], [ui.panel, ui.png], **quiet)

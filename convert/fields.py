@@ -1,11 +1,20 @@
-"""Typed reading of the authors' configs, so that a wrong value is named instead of failing somewhere inside."""
+"""What the conversions share: typed reading of the authors' configs, and renaming the authors' weights.
+
+A wrong value of a config is named, instead of failing somewhere inside.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..core.errors import InvalidCheckpoint
+
+Config = Mapping[str, Any]
+StateDict = Mapping[str, Tensor]
 
 MAX_SIZE = 2**20  # of any number in a config: beyond all released sizes, below what would hang a constructor
 
@@ -66,3 +75,16 @@ class Fields:
         if value is None:
             raise InvalidCheckpoint(f"the config lacks {self.where}.{key}")
         return value
+
+
+def renamed(state_dict: StateDict, place: Callable[[str], tuple[str, int | None]]) -> dict[str, Tensor]:
+    """Weights under our names.
+
+    `place(key)` is our name of an official key and, where several official ones are the rows of one of ours, which of
+    them it is (0, 1, ...).
+    """
+    parts: dict[str, dict[int, Tensor]] = {}
+    for key, value in state_dict.items():
+        name, number = place(key)
+        parts.setdefault(name, {})[number or 0] = value
+    return {name: torch.cat([rows[i] for i in sorted(rows)]) for name, rows in parts.items()}

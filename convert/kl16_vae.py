@@ -12,8 +12,7 @@ from torch import Tensor
 from ..core.errors import InvalidCheckpoint
 from ..core.strict import build
 from ..tokenizers.image.kl_vae import KLAutoencoder
-from .fields import MAX_SIZE, Fields
-from .titok import Config, StateDict
+from .fields import MAX_SIZE, Config, Fields, StateDict
 
 LATENT_SCALE = 0.2325
 ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}

@@ -6,14 +6,11 @@ from collections.abc import Mapping
 from inspect import signature
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ..core.errors import InvalidCheckpoint
 from ..core.strict import build, check_keys
 from ..generators.maskgit import DECAYS, MaskGIT
-from .fields import Fields
-from .titok import Config, StateDict, unwrap
+from .fields import Config, Fields, StateDict, renamed
+from .titok import unwrap
 
 # Modules of a ViT layer: official name below the layer, ours.
 VIT_LAYER = {
@@ -51,11 +48,7 @@ def from_arguments(arguments: Mapping[str, Any], state_dict: StateDict) -> MaskG
     if arguments.get("network", "vit") == "vit":
         defaults = {name: item.default for name, item in signature(MaskGIT.__init__).parameters.items()}
         check_keys(_vit_shapes(defaults | dict(arguments)), state_dict)
-    packed: dict[str, dict[int, Tensor]] = {}
-    for key, value in state_dict.items():
-        name, part = place(key)
-        packed.setdefault(name, {})[part or 0] = value
-    weights = {name: torch.cat([parts[i] for i in sorted(parts)]) for name, parts in packed.items()}
+    weights = renamed(state_dict, place)
     if TOKEN_TYPES in weights:  # only its first row is ever used: it moves into the positions
         positions = weights["transformer.pos_embed"] + weights.pop(TOKEN_TYPES)[0]
         weights["transformer.pos_embed"] = positions[None]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from ..core.errors import InvalidCheckpoint
 from ..core.strict import build
 from ..tokenizers.image.one_d_piece import OneDPiece
-from .titok import Config, StateDict, shared_arguments, unwrap, vq_model
+from .fields import Config, StateDict
+from .titok import shared_arguments, unwrap, vq_model
 
 
 def from_official(config: Config, state_dict: StateDict) -> OneDPiece:

@@ -9,17 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..core.errors import InvalidCheckpoint
 from ..core.strict import build
 from ..nn.vq import VectorQuantizer
 from ..tokenizers.image.maskgit_vqgan import MaskGitVQGAN
 from ..tokenizers.image.titok import SIZES, TiTok
-from .fields import Fields
-
-Config = Mapping[str, Any]
-StateDict = Mapping[str, Tensor]
+from .fields import Config, Fields, StateDict
 
 TEXT_FIELDS = ("text_context_length", "text_embed_dim")
 MAX_DEPTH = 256

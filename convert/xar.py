@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from inspect import signature
 from math import isqrt
 from typing import Any
@@ -15,8 +16,7 @@ from ..core.errors import InvalidCheckpoint
 from ..core.strict import build, check_keys
 from ..generators.xar import XAR, released_configs
 from ..generators.xar_network import NUM_MODULATIONS, TIME_FEATURES
-from .fields import Fields
-from .titok import Config, StateDict
+from .fields import Config, Fields, StateDict, renamed
 
 NAMES = {
     "encoder_pos_embed_learned": "transformer.encoder_pos_embed",
@@ -41,11 +41,7 @@ def from_official(config: Config, state_dict: StateDict) -> XAR:
     derived = {key: value for key, value in state_dict.items() if key == "mask" or ROPE.fullmatch(key)}
     saved = {key: value for key, value in state_dict.items() if key not in derived}
     check_keys(official_shapes(arguments), saved)
-    packed: dict[str, dict[int, Tensor]] = {}
-    for key, value in saved.items():
-        name, half = place(key, arguments["encoder_depth"])
-        packed.setdefault(name, {})[half or 0] = value
-    weights = {name: torch.cat([parts[i] for i in sorted(parts)]) for name, parts in packed.items()}
+    weights = renamed(saved, partial(place, first_depth=arguments["encoder_depth"]))
     model = build(XAR, arguments, weights)
     _check_derived(model, derived)
     return model

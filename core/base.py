@@ -6,11 +6,15 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from torch import Tensor, nn
+
+from .errors import InvalidInput
+from .packed import check_can_apply, check_not_packed
 
 OnStep = Callable[..., None]  # on_step(step, total, preview=None); raise mt.Cancelled in it to stop
 
@@ -45,12 +49,29 @@ class Model(ModelMixin, ConfigMixin):
 
     def cast(self, dtype: torch.dtype) -> Self:
         """Convert to `dtype` in place, except what `_keep_in_fp32_modules` names."""
+        check_can_apply(self, lambda tensor: tensor.to(dtype))
         for name, child in self.named_children():
             # Not the `to` of a diffusers model, which warns about modules that are none.
             nn.Module.to(child, torch.float32 if name in self._keep_in_fp32_modules else dtype)
         for parameter in self.parameters(recurse=False):
             parameter.data = parameter.data.to(dtype)
         return self
+
+    # A model with packed weights refuses here, as long as it is whole: no weight converted, no file written.
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        check_can_apply(self, fn)
+        return super()._apply(fn, recurse)
+
+    def train(self, mode: bool = True) -> Self:
+        if mode:
+            check_not_packed(self)
+        return super().train(mode)
+
+    @wraps(ModelMixin.save_pretrained)  # pipelines ask for the signature
+    def save_pretrained(self, save_directory, *args, **options) -> None:
+        check_not_packed(self)
+        super().save_pretrained(save_directory, *args, **options)
 
 
 class Tokenizer(Model):
@@ -74,6 +95,12 @@ class Tokenizer(Model):
             if name.startswith(self.fingerprint_weights):
                 digest.update(value.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+def check_callback(callback: Any, what: str = "on_step") -> None:
+    """Raise InvalidInput when `callback` is neither None nor something to call."""
+    if callback is not None and not callable(callback):
+        raise InvalidInput(f"{what} must be a function to call after each step, not {callback!r}")
 
 
 def report(on_step: OnStep | None, step: int, total: int, preview: Any = None) -> None:

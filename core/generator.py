@@ -9,8 +9,6 @@ Shape suffixes: B batch, N pictures of a call, U units, 3/H/W image.
 from __future__ import annotations
 
 import inspect
-import math
-import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,20 +21,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .base import Model, OnStep, report
+from .base import Model, OnStep, check_callback, report
 from .errors import InvalidInput, LimitExceeded, TokenizerMismatch, nearest_names
 from .image_tokenizer import ImageTokenizer, as_list
 from .images import fit_square, read_image, to_pil, to_pixels
+from .labels import MAX_LABELS, Classes, imagenet_names
 from .memory import available_memory, is_out_of_memory
 from .tokens import ImageFrame, Tokens
 
 MAX_STEPS = 1000
 MAX_GUIDANCE = 100.0
-MAX_IMAGES = 4096
+MAX_IMAGES = MAX_LABELS  # one for each label
 MAX_SEED = 2**63 - 1
 SEED_ERROR = f"seeds are whole numbers from 0 to {MAX_SEED}"
-NUMBER = re.compile(r"[+-]?[0-9]{1,18}")
-FEW_LABELS = 20  # all are listed when an unknown one is asked for
 
 
 @dataclass(frozen=True)
@@ -65,6 +62,10 @@ class ImageGenerator(Model):
     """
 
     modality = "image"
+
+    def __init__(self):
+        super().__init__()
+        self._tokenizer_box = _TokenizerBox()
 
     # What a subclass implements.
 
@@ -104,8 +105,9 @@ class ImageGenerator(Model):
     ) -> Tensor:
         """Content of B pictures. Each draws from its own `rngs[b]` alone, so that its batch does not matter.
 
-        `on_step(step, content)` is called after each of `settings.total_steps` steps with a whole content to show
-        (undecided pieces guessed), or None where nothing new can be seen.
+        `on_step(step, content)` is called after every step with a whole content to show (undecided pieces guessed), or
+        None where nothing new can be seen. Step numbers rise to `settings.total_steps`; the steps of units that all
+        pictures keep are jumped over.
         """
 
     @abstractmethod
@@ -117,8 +119,8 @@ class ImageGenerator(Model):
         """Pixels fp32 [B, 3, H, W] of content on this model's device, through the tokenizer; not clamped."""
 
     @abstractmethod
-    def bytes_per_image(self) -> int:
-        """Estimated memory of generating one more picture in a batch, decoding included."""
+    def bytes_per_image(self, settings: Any) -> int:
+        """Estimated memory of generating one more picture in a batch with `settings`, decoding included."""
 
     @abstractmethod
     def pack_network(self) -> None:
@@ -130,7 +132,7 @@ class ImageGenerator(Model):
 
     # Generating.
 
-    def generate(self, labels, **options) -> list[Image.Image]:
+    def generate(self, /, labels, **options) -> list[Image.Image]:
         """Make one picture for each of `labels`; `options` are those of `sample`.
 
             mt.load("xar-tiny").generate(["animals & nature", 3], seed=0, guidance=3.0)
@@ -142,6 +144,7 @@ class ImageGenerator(Model):
     @torch.inference_mode()
     def sample(
         self,
+        /,
         labels,
         *,
         seed: int | Sequence[int] | None = None,
@@ -158,8 +161,8 @@ class ImageGenerator(Model):
 
         Args:
             labels: a class name or number, None for no class, or a list of these.
-            seed: of the first picture, the others take the next numbers; or one for each. Drawn when None. A picture
-                depends on its own seed, not on the batch that it is made in.
+            seed: of the first picture, the others take the next numbers; or one for each; numbers, a list or an
+                integer tensor. Drawn when None. A picture depends on its own seed, not on the batch it is made in.
             steps, guidance, options: see `settings` of the model.
             start: what to edit: an earlier `Generation`, its content, `Tokens`, or pictures; one, or one a label.
             keep: units of `start` that stay: their numbers for all pictures, or a bool tensor [U] or [N, U].
@@ -177,9 +180,10 @@ class ImageGenerator(Model):
         settings = self.checked_settings(steps, guidance, **options)
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise InvalidInput(f"batch_size={batch_size!r} must be a whole number from 1 on")
-        _ = self.tokenizer  # a missing or wrong one is found before the work, not after it
+        check_callback(on_step)
+        self.ensure_tokenizer()  # a missing or wrong one is found before the work, not after it
         start_N, keep_NU = self._start(start, keep, len(labels_N))
-        self.check_memory(min(batch_size, len(labels_N)))
+        self.check_memory(min(batch_size, len(labels_N)), settings)
         batches = torch.arange(len(labels_N)).split(batch_size)
         total = settings.total_steps * len(batches)
         contents, images = [], []
@@ -208,8 +212,11 @@ class ImageGenerator(Model):
         with torch.inference_mode(False):
             return Generation(images, torch.cat(contents), labels_N.tolist(), seeds)
 
-    def checked_settings(self, steps=None, guidance: float | None = None, **options) -> Any:
-        """`settings`, where an option that this model does not have is an InvalidInput naming the nearest."""
+    def checked_settings(self, /, steps=None, guidance: float | None = None, **options) -> Any:
+        """`settings`, where an option that this model does not have is an InvalidInput naming the nearest.
+
+        That holds for any name, "self" too.
+        """
         known = list(inspect.signature(self.settings).parameters)
         for name in options:
             if name not in known:
@@ -225,17 +232,22 @@ class ImageGenerator(Model):
 
     # The tokenizer.
 
-    @cached_property
-    def _tokenizer_box(self) -> _TokenizerBox:
-        return _TokenizerBox()
-
     @property
     def tokenizer(self) -> ImageTokenizer:
         """The tokenizer that decodes what this model makes, loaded on first use; it follows this model's device."""
-        if not self._tokenizer_box:
-            self.use_tokenizer(self._load_tokenizer())
-        tokenizer = self._tokenizer_box[0]
+        self.ensure_tokenizer()
+        tokenizer = self._tokenizer_box.tokenizer
         return tokenizer if tokenizer.device == self.device else tokenizer.to(self.device)
+
+    def ensure_tokenizer(self) -> None:
+        """Load the tokenizer unless there is one.
+
+        Raises:
+            InvalidInput: the config names none, or one that is not here.
+            TokenizerMismatch: it is not the one that this model was trained with.
+        """
+        if self._tokenizer_box.tokenizer is None:
+            self.use_tokenizer(self._load_tokenizer())
 
     def _load_tokenizer(self) -> ImageTokenizer:
         """The tokenizer that the config names: a known model or a local folder, never somebody's repository."""
@@ -266,7 +278,7 @@ class ImageGenerator(Model):
                 f"({tokenizer.fingerprint}) is another one"
             )
         self.check_tokenizer(tokenizer)
-        self._tokenizer_box[:] = [tokenizer]
+        self._tokenizer_box.tokenizer = tokenizer
 
     @abstractmethod
     def check_tokenizer(self, tokenizer: ImageTokenizer) -> None:
@@ -295,11 +307,7 @@ class ImageGenerator(Model):
         """Name of each class; ImageNet's for a model of 1000 classes that brings none; empty when there are none."""
         if self.config.label_names:
             return tuple(self.config.label_names)
-        if self.config.num_classes != 1000:
-            return ()
-        from torchvision.models import ResNet50_Weights
-
-        return tuple(ResNet50_Weights.IMAGENET1K_V2.meta["categories"])
+        return imagenet_names() if self.config.num_classes == 1000 else ()
 
     def label_ids(self, labels) -> Tensor:
         """Class numbers int64 [N] of names, numbers and None (no class); one of these, or a list.
@@ -307,46 +315,7 @@ class ImageGenerator(Model):
         Raises:
             InvalidInput: no or too many labels, unknown names (the nearest are offered), numbers out of range.
         """
-        if hasattr(labels, "tolist"):  # tensors and arrays
-            labels = labels.tolist()
-        labels = list(labels) if isinstance(labels, (list, tuple, range)) else [labels]
-        if not 1 <= len(labels) <= MAX_IMAGES:
-            raise InvalidInput(f"give 1 to {MAX_IMAGES} labels, not {len(labels)}")
-        return torch.tensor([self._label_id(label) for label in labels])
-
-    def _label_id(self, label: int | str | None) -> int:
-        num_classes = self.config.num_classes
-        if label is None:
-            return num_classes
-        if isinstance(label, str) and NUMBER.fullmatch(label.strip()) and label.strip() not in self.label_names:
-            label = int(label)
-        if isinstance(label, str):
-            word = label.strip().lower()
-            names = [name.lower() for name in self.label_names]
-            matches = [i for i, name in enumerate(names) if name == word]
-            matches = matches or [i for i, name in enumerate(names) if word and name.startswith(word)]
-            if len(matches) == 1:
-                return matches[0]
-            if matches:
-                options = ", ".join(f"{self.label_names[i]!r} ({i})" for i in matches[:5])
-                raise InvalidInput(f"label {label!r} could be any of {options}; give the whole name or the number")
-            raise InvalidInput(f"unknown label {label!r}.{self._label_hint(word, names)}")
-        if isinstance(label, bool) or not isinstance(label, int):
-            raise InvalidInput(f"a label is a name, a number or None, not {label!r}")
-        if not 0 <= label < num_classes:
-            raise InvalidInput(f"label {label} is out of range; {self.name} has classes 0 to {num_classes - 1}")
-        return label
-
-    def _label_hint(self, word: str, names: list[str]) -> str:
-        num_classes = self.config.num_classes
-        if not names:
-            return f" {self.name} has no names, only the numbers 0 to {num_classes - 1}."
-        # A word within a name counts as near: "cat" is not close to "Egyptian cat" by its letters.
-        inside = [name for name in names if word and word in name][:3]
-        hint = f" Did you mean {' or '.join(map(repr, inside))}?" if inside else nearest_names(word, names)
-        if num_classes <= FEW_LABELS:
-            return f"{hint} {self.name} knows {', '.join(self.label_names)}."
-        return f"{hint} {self.name} knows {num_classes} classes (label_names, or --list-labels)."
+        return torch.tensor(Classes(self.name, self.config.num_classes, self.label_names).find_all(labels))
 
     def _start(self, start, keep, num_images: int) -> tuple[Tensor | None, Tensor | None]:
         """`start` as content [N, ...] and `keep` as bool [N, U], both on the CPU; None, None to start from nothing."""
@@ -401,19 +370,22 @@ class ImageGenerator(Model):
         mask[0, units] = True
         return mask
 
-    def check_memory(self, batch_size: int) -> None:
-        """Refuse a batch that would not fit in what is free on this model's device, and name one that would."""
-        per_image = max(self.bytes_per_image(), 1)
+    def check_memory(self, batch_size: int, settings: Any, way_out: str = "use batch_size={}") -> None:
+        """Refuse a batch that would not fit in what is free on this model's device.
+
+        `way_out` tells what the caller can do, with {} for the number of pictures that would fit.
+        """
+        per_image = max(self.bytes_per_image(settings), 1)
         fitting = available_memory(self.device) // per_image
         if batch_size > fitting:
             need = batch_size * per_image / 2**30
             raise LimitExceeded(
                 f"a batch of {batch_size} pictures needs about {need:.1f} GiB on {self.device}, more than is free; "
-                + (f"use batch_size={fitting}" if fitting else "not even one picture fits")
+                + (way_out.format(fitting) if fitting else "not even one picture fits")
             )
 
     @contextmanager
-    def memory_errors(self, batch_size: int) -> Iterator[None]:
+    def memory_errors(self, batch_size: int, way_out: str = "use batch_size={}") -> Iterator[None]:
         """Turn running out of memory after all (the estimate is one) into LimitExceeded with a size to try."""
         try:
             yield
@@ -422,30 +394,39 @@ class ImageGenerator(Model):
                 raise
             raise LimitExceeded(
                 f"a batch of {batch_size} pictures does not fit in the memory of {self.device}; "
-                + (f"use batch_size={batch_size // 2}" if batch_size > 1 else "not even one picture fits")
+                + (way_out.format(batch_size // 2) if batch_size > 1 else "not even one picture fits")
             ) from None
 
 
-class _TokenizerBox(list):
+@dataclass
+class _TokenizerBox:
     """Holds the tokenizer where `state_dict`, `parameters` and `save_pretrained` do not see it."""
 
+    tokenizer: ImageTokenizer | None = None
+
     def __deepcopy__(self, memo: dict) -> _TokenizerBox:
-        return _TokenizerBox(self)  # a copy of the generator (of its averaged weights, say) shares the tokenizer
+        return _TokenizerBox(self.tokenizer)  # a copy of the generator (its averaged weights, say) shares the tokenizer
 
 
-def image_seeds(seed: int | Sequence[int] | None, num_images: int) -> list[int]:
-    """One seed for each picture: consecutive from one number, as given, or fresh when None."""
+def image_seeds(seed: int | Sequence[int] | Tensor | None, num_images: int) -> list[int]:
+    """One seed for each picture: consecutive from one number, as given, or fresh when None.
+
+    Raises:
+        InvalidInput: seeds that are no whole numbers in [0, 2^63), or not as many as pictures.
+    """
     if seed is None:
         return torch.randint(2**31, (num_images,), generator=_fresh_generator()).tolist()
+    if hasattr(seed, "tolist"):  # tensors and arrays; one number where they have no dimension
+        seed = seed.tolist()
     if isinstance(seed, int) and not isinstance(seed, bool):
         seeds = [seed + i for i in range(num_images)]
     else:
-        seeds = seed.tolist() if isinstance(seed, Tensor) else list(seed) if isinstance(seed, (list, tuple)) else [seed]
-        if len(seeds) != num_images:
-            raise InvalidInput(f"{len(seeds)} seeds for {num_images} pictures; give one number, or one for each")
+        seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed]
     for value in seeds:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_SEED:
             raise InvalidInput(f"{SEED_ERROR}, not {value!r}")
+    if len(seeds) != num_images:
+        raise InvalidInput(f"{len(seeds)} seeds for {num_images} pictures; give one number, or one for each")
     return seeds
 
 
@@ -464,7 +445,14 @@ def check_steps(steps: Any, smallest: int = 1, what: str = "steps") -> int:
 
 def check_number(value: Any, what: str, smallest: float = 0.0, largest: float = MAX_GUIDANCE) -> float:
     """`value` as a float, or InvalidInput when it is no finite number in its range."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or not smallest <= value <= largest:
+    # The comparisons refuse what is not finite, too.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not smallest <= value <= largest:
         raise InvalidInput(f"{what}={value!r} must be a number from {smallest:g} to {largest:g}")
     return float(value)
+
+
+def check_flag(value: Any, what: str) -> bool:
+    """`value`, or InvalidInput when it is not a bool: text such as "no" would count as true."""
+    if not isinstance(value, bool):
+        raise InvalidInput(f"{what}={value!r} must be True or False")
+    return value

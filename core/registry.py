@@ -180,21 +180,26 @@ def create(name: str, *, device: str | None = None, dtype: str = "float32", seed
 
     Args:
         name: a name from `models()`.
+        device: as `load` takes it.
         dtype: "float32" or "bfloat16".
         seed: makes the weights reproducible.
+
+    Raises:
+        ModelNotFound: unknown name.
+        InvalidInput: a dtype or device that cannot be used.
     """
     import torch
 
     entry = find_entry(name)
     if entry is None:
         raise ModelNotFound(f"unknown model {name!r}.{nearest_names(name, ENTRIES)} See mediatok.models().")
-    torch_dtype = _torch_dtype(dtype)
+    torch_dtype, torch_device = _torch_dtype(dtype), _torch_device(device)
     with torch.random.fork_rng(enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         model = model_class(entry.class_name)(**constructor_arguments(entry))
     model.name = entry.name
-    return model.cast(torch_dtype).to(device or "cpu").eval()
+    return model.cast(torch_dtype).to(torch_device).eval()
 
 
 def constructor_arguments(entry: ModelEntry) -> dict:
@@ -218,8 +223,9 @@ def load(name_or_path: str | Path, *, device: str | None = None, dtype: str = "f
     Raises:
         ModelNotFound: unknown name, or weights that are neither here nor reachable.
         InvalidCheckpoint: weights or a config that do not fit, or that try to name code.
+        InvalidInput: a dtype or device that cannot be used.
     """
-    torch_dtype = _torch_dtype(dtype)
+    torch_dtype, torch_device = _torch_dtype(dtype), _torch_device(device)
     path, entry = Path(name_or_path), find_entry(str(name_or_path))
     if entry is None and path.exists():
         model = _load_path(path)
@@ -237,7 +243,7 @@ def load(name_or_path: str | Path, *, device: str | None = None, dtype: str = "f
     else:
         hint = nearest_names(str(name_or_path), ENTRIES)
         raise ModelNotFound(f"{str(name_or_path)!r} is neither a known model nor a file or folder here.{hint}")
-    return model.cast(torch_dtype).to(device or "cpu").eval()
+    return model.cast(torch_dtype).to(torch_device).eval()
 
 
 def _load_path(path: Path, entry: ModelEntry | None = None):
@@ -293,3 +299,16 @@ def _torch_dtype(dtype: str):
     if dtype not in DTYPES:
         raise InvalidInput(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     return getattr(torch, dtype)
+
+
+def _torch_device(device: str | None):
+    """A device that torch knows and that is here; found out before anything is read or downloaded."""
+    import torch
+
+    if device is None:
+        return torch.device("cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except Exception as error:  # every backend has its own kind
+        hint = f"this machine has {torch.cuda.device_count()} CUDA devices"
+        raise InvalidInput(f"device={device!r} cannot be used here ({hint}); use device='cpu'") from error

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -21,80 +20,11 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from ..core.errors import InvalidInput, TokenizerMismatch
-from ..core.generator import GeneratorOutput, ImageGenerator, check_number, check_steps
+from ..core.generator import GeneratorOutput, ImageGenerator, check_flag, check_number, check_steps
 from ..kernels.linear import pack_for_inference
 from ..nn.layers import Linear
 from .maskgit_networks import UViT, ViT, init_weights, take
-
-DECAYS = ("constant", "linear", "power-cosine")
-TINY = 1e-20  # keeps the logarithms of Gumbel noise finite
-
-
-@dataclass(frozen=True)
-class MaskGITSettings:
-    """How to sample; `settings` of the model checks and makes it.
-
-    guidance_decay: "constant", "linear" (from 0 in the first step to `guidance` (S - 1) / S in the last) or
-    "power-cosine" (from 0 to `guidance` - 1, slowly at first; the authors count this one from 1).
-    temperature: of the Gumbel noise in the first step; it falls linearly to 0 in the last.
-    annealing: also divide the logits by 0.5 + 0.8 * (share of steps to come).
-    """
-
-    steps: int
-    guidance: float
-    guidance_decay: str
-    guidance_pow: float
-    temperature: float
-    annealing: bool
-
-    @property
-    def total_steps(self) -> int:
-        return self.steps
-
-    def guidance_weight(self, step: int) -> float:
-        """w of step 0, 1, ... in logits = c + w (c - u); the unconditional u need not be computed where it is 0."""
-        progress = step / self.steps
-        if self.guidance_decay == "constant":
-            return self.guidance
-        if self.guidance_decay == "linear":
-            return self.guidance * progress
-        return (self.guidance - 1) * (1 - math.cos(math.pi * progress**self.guidance_pow)) / 2
-
-    def noise_temperature(self, step: int) -> float:
-        return self.temperature * (1 - (step + 1) / self.steps)
-
-    def logit_divisor(self, step: int) -> float:
-        return 0.5 + 0.8 * (1 - (step + 1) / self.steps) if self.annealing else 1.0
-
-    def masked_counts(self, num_free: int) -> list[int]:
-        """Tokens of a picture that are masked before each step, and 0 at the end: the arccos schedule."""
-        counts = [num_free]
-        for step in range(self.steps - 1):
-            ratio = math.acos((step + 1) / self.steps) / (math.pi / 2)
-            counts.append(min(num_free, max(1, min(counts[-1] - 1, math.floor(num_free * ratio)))))
-        return [*counts, 0]
-
-
-class GumbelNoise:
-    """Gumbel noise of a batch: each picture's from its own generator, so that the batch does not matter."""
-
-    def __init__(self, rngs: Sequence[torch.Generator], device: torch.device):
-        self.rngs, self.device = rngs, device
-
-    def tokens(self, step: int, masked_BK: Tensor, counts: list[int], num_codes: int) -> Tensor:
-        """For the draw of the tokens at `masked_BK`: fp32 [B, K, C]; only the first `counts[b]` of a row matter."""
-        return self._draw(counts, masked_BK.shape[1], num_codes)
-
-    def confidence(self, step: int, masked_BK: Tensor, counts: list[int]) -> Tensor:
-        """For the choice of the tokens that are masked again: fp32 [B, K]."""
-        return self._draw(counts, masked_BK.shape[1])
-
-    def _draw(self, counts: list[int], num_masked: int, *shape: int) -> Tensor:
-        noise = torch.ones(len(counts), num_masked, *shape, device=self.device)
-        for row, count, rng in zip(noise, counts, self.rngs, strict=True):
-            drawn = torch.empty(count, *shape, device=rng.device).exponential_(generator=rng)
-            row[:count] = drawn.to(self.device, non_blocking=True)
-        return noise.clamp_(min=TINY).log_().neg_()  # minus the log of an exponential number is Gumbel
+from .maskgit_sampling import DECAYS, GumbelNoise, MaskGITSettings, Step, first_places, plan_steps
 
 
 class MaskGIT(ImageGenerator):
@@ -147,6 +77,7 @@ class MaskGIT(ImageGenerator):
         self.lm_head = Linear(hidden_size, codebook_size)
         init_weights(self.lm_head, nn.init.normal_ if network == "vit" else nn.init.trunc_normal_)
         self._near_CC: Tensor | None = None  # of `train_with_near_codes`
+        self._compiled: Callable[[Tensor], Tensor] | None = None  # of `compile_network`
 
     @property
     def mask_id(self) -> int:
@@ -241,13 +172,13 @@ class MaskGIT(ImageGenerator):
         The first steps take a minute. All positions are computed then, so that shapes do not change between steps.
         """
         options = {"mode": "reduce-overhead", "dynamic": False} | options
-        self._compiled = torch.compile(self.transformer, **options)
+        # The call alone: the compiled module itself would become a part of this model and of its `state_dict`.
+        self._compiled = torch.compile(self.transformer, **options).__call__
 
     def _hidden(self, ids_BL: Tensor, positions_BK: Tensor) -> Tensor:
-        compiled = getattr(self, "_compiled", None)
-        if compiled is None:
+        if self._compiled is None:
             return self.transformer(ids_BL, positions_BK)
-        return take(compiled(ids_BL).clone(), positions_BK)
+        return take(self._compiled(ids_BL).clone(), positions_BK)
 
     # Sampling.
 
@@ -264,21 +195,28 @@ class MaskGIT(ImageGenerator):
         """Checked settings of a run; None takes the model's own.
 
         Args:
-            steps: 1 to 1000. guidance: 0 (none) to 100. The rest: see `MaskGITSettings`.
+            steps: 1 to 1000.
+            guidance: 0 to 100. With the decays "constant" and "linear" it is w of c + w (c - u), so that 0 is none.
+                With "power-cosine" it is 1 + w, as in xAR, so that 1 is none (and less turns away from the class).
+            annealing: True or False. The rest: see `MaskGITSettings`.
+
+        Raises:
+            InvalidInput: a value out of its range or of another type.
         """
         config = self.config
         decay = config.guidance_decay if guidance_decay is None else guidance_decay
         if decay not in DECAYS:
             raise InvalidInput(f"guidance_decay={decay!r} must be one of {', '.join(DECAYS)}")
         power = config.guidance_scale_pow if guidance_pow is None else guidance_pow
-        heat = config.randomize_temperature if temperature is None else temperature
+        temperature = config.randomize_temperature if temperature is None else temperature
+        annealing = config.softmax_temperature_annealing if annealing is None else annealing
         return MaskGITSettings(
             steps=check_steps(config.num_steps if steps is None else steps),
             guidance=check_number(config.guidance_scale if guidance is None else guidance, "guidance"),
             guidance_decay=decay,
             guidance_pow=check_number(power, "guidance_pow"),
-            temperature=check_number(heat, "temperature"),
-            annealing=config.softmax_temperature_annealing if annealing is None else bool(annealing),
+            temperature=check_number(temperature, "temperature"),
+            annealing=check_flag(annealing, "annealing"),
         )
 
     @torch.inference_mode()
@@ -299,42 +237,47 @@ class MaskGIT(ImageGenerator):
         """
         noise = GumbelNoise(rngs, self.device) if noise is None else noise
         batch, num_tokens = len(labels_B), self.config.num_tokens
-        # Column N is a dummy, for rows with fewer masked tokens than others.
+        # Column N is a dummy: rows with fewer masked tokens than others point at it.
         ids_BN1 = torch.full((batch, num_tokens + 1), self.mask_id, device=self.device)
         free_BN = torch.ones(batch, num_tokens, dtype=torch.bool, device=self.device)
         if keep_BN is not None:
             free_BN = ~keep_BN
             ids_BN1[:, :-1] = torch.where(free_BN, self.mask_id, start_BN)
         num_free = free_BN.sum(dim=1).tolist()
-        counts = [settings.masked_counts(count) for count in num_free]  # all known before the loop: no host sync in it
-        width = max(num_free)
-        masked_BK = free_BN.int().argsort(dim=1, descending=True, stable=True)[:, :width]
-        valid_BK = _first(num_free, width, self.device)
+        steps = plan_steps(settings, num_free)  # all counts are known before the loop: no host sync in it
+        masked_BK = first_places(free_BN.int().argsort(dim=1, descending=True, stable=True), num_free, dummy=num_tokens)
         labels_2B = torch.cat([labels_B, torch.full_like(labels_B, self.config.num_classes)])
-        for step in range(settings.steps):
-            masked_BK = masked_BK.masked_fill(~valid_BK, num_tokens)
-            now = [picture[step] for picture in counts]
-            after = [picture[step + 1] for picture in counts]
-            logits_BKC = self._guided_logits(ids_BN1[:, :-1], labels_2B, masked_BK, settings.guidance_weight(step))
-            logits_BKC = logits_BKC / settings.logit_divisor(step)
-            heat = settings.noise_temperature(step)
-            noisy_BKC = logits_BKC
-            if heat:
-                noisy_BKC = logits_BKC + heat * noise.tokens(step, masked_BK, now, self.config.codebook_size)
-            drawn_BK = noisy_BKC.argmax(dim=-1)
+        for step in steps:
+            weight = settings.guidance_weight(step.number)
+            logits_BKC = self._guided_logits(ids_BN1[:, :-1], labels_2B, masked_BK, weight)
+            logits_BKC = logits_BKC / settings.logit_divisor(step.number)
+            drawn_BK = self._draw_tokens(logits_BKC, masked_BK, step, noise)
             ids_BN1.scatter_(1, masked_BK, drawn_BK)
             if on_step is not None:
-                on_step(step + 1, ids_BN1[:, :-1].clone())
-            if step + 1 == settings.steps:
-                break
-            sure_BK = logits_BKC.gather(2, drawn_BK[:, :, None])[:, :, 0]
-            if heat:
-                sure_BK = sure_BK + heat * noise.confidence(step, masked_BK, now)
-            width = max(after)
-            unsure_BK = sure_BK.masked_fill(~valid_BK, math.inf).argsort(dim=1)[:, :width]
-            masked_BK, valid_BK = masked_BK.gather(1, unsure_BK), _first(after, width, self.device)
-            ids_BN1.scatter_(1, masked_BK.masked_fill(~valid_BK, num_tokens), self.mask_id)
+                on_step(step.number + 1, ids_BN1[:, :-1].clone())
+            if step is not steps[-1]:
+                masked_BK = self._choose_to_mask(logits_BKC, drawn_BK, masked_BK, step, noise)
+                ids_BN1.scatter_(1, masked_BK, self.mask_id)
         return ids_BN1[:, :-1].clone()
+
+    def _draw_tokens(self, logits_BKC: Tensor, masked_BK: Tensor, step: Step, noise: GumbelNoise) -> Tensor:
+        """Codes int64 [B, K] for the masked places, drawn from softmax(logits / noise scale) by Gumbel noise."""
+        if step.noise_scale:
+            noise_BKC = noise.tokens(step.number, masked_BK, step.masked_now, self.config.codebook_size)
+            logits_BKC = logits_BKC + step.noise_scale * noise_BKC
+        return logits_BKC.argmax(dim=-1)
+
+    def _choose_to_mask(
+        self, logits_BKC: Tensor, drawn_BK: Tensor, masked_BK: Tensor, step: Step, noise: GumbelNoise
+    ) -> Tensor:
+        """Which places are masked in the next step, as `masked_BK`: those whose draws' noisy logits are lowest."""
+        confidence_BK = logits_BKC.gather(2, drawn_BK[:, :, None])[:, :, 0]
+        if step.noise_scale:
+            noise_BK = noise.confidence(step.number, masked_BK, step.masked_now)
+            confidence_BK = confidence_BK + step.noise_scale * noise_BK
+        dummy = self.config.num_tokens
+        order_BK = confidence_BK.masked_fill(masked_BK == dummy, math.inf).argsort(dim=1)
+        return first_places(masked_BK.gather(1, order_BK), step.masked_next, dummy)
 
     def generate_content(self, labels_B, settings, rngs, start=None, keep_BU=None, on_step=None) -> Tensor:
         return self.generate_ids(labels_B, settings, rngs, start, keep_BU, on_step)
@@ -381,19 +324,13 @@ class MaskGIT(ImageGenerator):
                 f"{self.name} makes {ours[0]} tokens of {ours[1]} codes, {tokenizer.name} has {its}"
             )
 
-    def bytes_per_image(self) -> int:
+    def bytes_per_image(self, settings: MaskGITSettings) -> int:
         """Logits, noise and activations of both branches, and the decoded pixels with what leads to them, in fp32."""
         config = self.config
         sampling = 5 * config.num_tokens * config.codebook_size
         activations = 2 * (config.num_tokens + 1) * (6 * config.hidden_size + 2 * config.intermediate_size)
         side = self.tokenizer.image_size
         return 4 * (sampling + activations + 400 * side * side)
-
-
-def _first(counts: list[int], width: int, device: torch.device) -> Tensor:
-    """Bool [B, width]: True for the first `counts[b]` of row b."""
-    counts_B = torch.tensor(counts).to(device, non_blocking=True)
-    return torch.arange(width, device=device) < counts_B[:, None]
 
 
 def released_configs() -> dict[str, dict]:

@@ -20,16 +20,20 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, LOADABLE_CLASSES
 from torch import Tensor
 
+from ..core.base import check_callback
 from ..core.errors import Cancelled, InvalidInput
-from ..core.generator import ImageGenerator
-from ..core.image_tokenizer import ImageTokenizer
+from ..core.generator import MAX_IMAGES, ImageGenerator
 from ..core.images import to_pil
+from ..core.packed import check_not_packed
 from ..tokenizers.image.kl_vae import KLAutoencoder
+from ..tokenizers.image.one_d_piece import OneDPiece
+from ..tokenizers.image.titok import TiTok
 from .maskgit import MaskGIT
 from .xar import XAR
 
 OUTPUT_TYPES = ("pil", "pt", "np")
 CODE_FILE = "pipeline.py"
+WAY_OUT = "make at most {} pictures in one call"  # a pipeline has no batch_size
 
 # Tell diffusers that "mediatok" in a `model_index.json` is a library whose models it may load.
 LOADABLE_CLASSES.setdefault("mediatok", {"Model": ["save_pretrained", "from_pretrained"]})
@@ -54,7 +58,11 @@ class _LabelPipeline(DiffusionPipeline):
         """Save all components; beside them a line of code by which diffusers finds this class on its own.
 
         That is `DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline", trust_remote_code=True)`.
+
+        Raises:
+            InvalidInput: packed weights, which cannot be saved; nothing is written then.
         """
+        check_not_packed(self.generator)
         super().save_pretrained(save_directory, *args, **options)
         Path(save_directory, CODE_FILE).write_text(f"from mediatok import {type(self).__name__}  # noqa: F401\n")
 
@@ -79,7 +87,7 @@ class _LabelPipeline(DiffusionPipeline):
 
         Args:
             class_labels: class names or numbers, None for no class; one or a list.
-            num_images_per_prompt: pictures of each label; they follow each other.
+            num_images_per_prompt: pictures of each label; they follow each other. At most 4096 are made in one call.
             generator: one for each picture, or one for all. One picture with `torch.Generator().manual_seed(s)` is the
                 picture that `generate(seed=s)` of the model makes.
             num_inference_steps, guidance_scale, options: see `settings` of the model; None means its defaults.
@@ -94,14 +102,13 @@ class _LabelPipeline(DiffusionPipeline):
         """
         if output_type not in OUTPUT_TYPES:
             raise InvalidInput(f"output_type={output_type!r} must be one of {', '.join(OUTPUT_TYPES)}")
-        if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
-            raise InvalidInput(f"num_images_per_prompt={num_images_per_prompt!r} must be a whole number from 1 on")
+        check_callback(callback_on_step_end, "callback_on_step_end")
         model = self.generator
-        labels_N = model.label_ids(class_labels).repeat_interleave(num_images_per_prompt)
+        labels_N = _repeated(model.label_ids(class_labels), num_images_per_prompt)
         settings = model.checked_settings(num_inference_steps, guidance_scale, **options)
         rngs = _rngs(generator, len(labels_N))
-        model.check_memory(len(labels_N))
-        with self.progress_bar(total=settings.total_steps) as bar, model.memory_errors(len(labels_N)):
+        model.check_memory(len(labels_N), settings, WAY_OUT)
+        with self.progress_bar(total=settings.total_steps) as bar, model.memory_errors(len(labels_N), WAY_OUT):
             content = self._sample(labels_N.to(model.device), settings, rngs, bar, callback_on_step_end)
             pixels_N3HW = model.decode_content(content).float().clamp(0, 1)
         images = _as_type(pixels_N3HW, output_type)
@@ -131,7 +138,8 @@ class _LabelPipeline(DiffusionPipeline):
 class MaskGITPipeline(_LabelPipeline):
     """MaskGIT with the tokenizer whose ids it makes."""
 
-    def __init__(self, generator: MaskGIT, tokenizer: ImageTokenizer):
+    # `from_pipe` passes on what is of exactly a class named here, not of one derived from it.
+    def __init__(self, generator: MaskGIT, tokenizer: TiTok | OneDPiece):
         super().__init__()
         generator.use_tokenizer(tokenizer)
         self.register_modules(generator=generator, tokenizer=tokenizer)
@@ -150,16 +158,28 @@ class XARPipeline(_LabelPipeline):
 diffusers.MaskGITPipeline, diffusers.XARPipeline = MaskGITPipeline, XARPipeline
 
 
+def _repeated(labels: Tensor, count: int) -> Tensor:
+    """Each label `count` times, where that is not too many pictures for one call."""
+    largest = MAX_IMAGES // len(labels)
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= largest:
+        raise InvalidInput(
+            f"num_images_per_prompt={count!r} must be a whole number from 1 to {largest} for {len(labels)} labels"
+        )
+    return labels.repeat_interleave(count)
+
+
 def _rngs(generator: torch.Generator | list[torch.Generator] | None, count: int) -> list[torch.Generator]:
     """One generator a picture, so that a picture does not depend on its batch."""
-    if isinstance(generator, (list, tuple)):
-        if len(generator) != count:
-            raise InvalidInput(f"{len(generator)} generators for {count} pictures; give one, or one for each")
-        return list(generator)
-    if isinstance(generator, torch.Generator) and count == 1:
-        return [generator]
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise InvalidInput(f"generator must be torch.Generators, not {type(generator).__name__}")
+    if generator is not None:
+        is_list = isinstance(generator, (list, tuple))
+        rngs = list(generator) if is_list else [generator]
+        for rng in rngs:
+            if not isinstance(rng, torch.Generator):
+                raise InvalidInput(f"generator must be torch.Generators, not {type(rng).__name__}")
+        if is_list and len(rngs) != count:
+            raise InvalidInput(f"{len(rngs)} generators for {count} pictures; give one, or one for each")
+        if len(rngs) == count:
+            return rngs
     device = "cpu" if generator is None else generator.device
     seeds = torch.randint(2**63 - 1, (count,), generator=generator, device=device).tolist()
     return [torch.Generator(device).manual_seed(seed) for seed in seeds]

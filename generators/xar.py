@@ -11,7 +11,7 @@ sequence, L tokens of one entity, C latent channels, G latent grid side.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -25,7 +25,7 @@ from ..core.errors import InvalidInput, TokenizerMismatch
 from ..core.generator import GeneratorOutput, ImageGenerator, check_number, check_steps
 from ..kernels.linear import pack_for_inference
 from .xar_layout import Layout
-from .xar_network import KeyValueCache, XARTransformer
+from .xar_network import NUM_MODULATIONS, KeyValueCache, XARTransformer
 
 SAMPLERS = ("sde", "ode")
 LAST_SDE_TIME = 0.04  # the stochastic steps end here; one deterministic step leads to 0
@@ -125,6 +125,7 @@ class XAR(ImageGenerator):
             latent_channels, self.entities.num_tokens, embed_dim, (encoder_depth, decoder_depth), num_heads,
             int(embed_dim * mlp_ratio * 2 / 3), num_classes, attn_dropout, proj_dropout,
         )  # fmt: skip
+        self._compiled: Callable[..., Tensor] | None = None  # of `compile_network`
         # Derived from the layout, so not part of a checkpoint.
         self.register_buffer("rotary", rotary, persistent=False)
         self.register_buffer("visible", visible, persistent=False)
@@ -164,7 +165,7 @@ class XAR(ImageGenerator):
     def velocities(self, x_BTC: Tensor, time_index_BE: Tensor, labels_B: Tensor) -> Tensor:
         """Velocities fp32 [B, T, C] of a whole sequence whose entities stand at times 0 .. 1000 (int64)."""
         condition_BED = self.transformer.condition(labels_B[:, None], time_index_BE)
-        modulations = [self.entities.in_equal_groups(m_BEM) for m_BEM in self.transformer.modulations(condition_BED)]
+        modulations = [self.entities.groups_or_tokens(m_BEM) for m_BEM in self.transformer.modulations(condition_BED)]
         mask = self.visible if self.num_units > 1 else None
         return self.transformer(x_BTC, modulations, self.rotary, slice(None), mask)
 
@@ -186,7 +187,12 @@ class XAR(ImageGenerator):
         Args:
             steps: network calls an entity, 1 to 1000; or (first, last) to fall linearly from the first entity to the
                 last (step annealing of DiSA, arXiv 2505.20297): faster, and lossy.
-            guidance: 0 to 100, of the last entity; 1 and less is none. sampler: "sde" or "ode".
+            guidance: 0 to 100: w of u + w (c - u) for the last entity, so that 1 (and less) is none; MaskGIT's constant
+                and linear guidance count from 0 instead.
+            sampler: "sde" or "ode".
+
+        Raises:
+            InvalidInput: a value out of its range or of another type.
         """
         sampler = self.config.sampler if sampler is None else sampler
         if sampler not in SAMPLERS:
@@ -217,22 +223,21 @@ class XAR(ImageGenerator):
         """
         run = _Run(self, labels_B, settings, SeededNoise(rngs) if noise is None else noise)
         given_BTC = None if start_BCGG is None else self.entities.to_sequence(start_BCGG.float())
-        step = 0
+        steps_before = 0  # of earlier entities, skipped ones too
         for entity in range(self.num_units):
             tokens = self.entities.tokens_of(entity)
             if keep_BE is not None and bool(keep_BE[:, entity].all()):
                 run.skip(entity)
             else:
-                for _ in run.steps_of(entity):
-                    step += 1
-                    if on_step is not None and step < sum(settings.steps[: entity + 1]):
-                        on_step(step, None)
+                for step in run.unfinished_steps(entity):
+                    if on_step is not None:
+                        on_step(steps_before + step, None)
             if keep_BE is not None:
                 kept_B11 = keep_BE[:, entity, None, None]
                 run.x_BTC[:, tokens] = torch.where(kept_B11, given_BTC[:, tokens], run.x_BTC[:, tokens])
-            step = sum(settings.steps[: entity + 1])
+            steps_before += settings.steps[entity]
             if on_step is not None:
-                on_step(step, self.entities.to_latents(run.x_BTC))
+                on_step(steps_before, self.entities.to_latents(run.x_BTC))
             if entity + 1 < self.num_units:
                 run.finish(entity)
         return self.entities.to_latents(run.x_BTC)
@@ -249,7 +254,8 @@ class XAR(ImageGenerator):
         There is one graph for each length of the context, so the first picture takes minutes.
         """
         options = {"mode": "reduce-overhead", "dynamic": False} | options
-        self._compiled = torch.compile(self.transformer, **options)
+        # The call alone: the compiled module itself would become a part of this model and of its `state_dict`.
+        self._compiled = torch.compile(self.transformer, **options).__call__
 
     # The tokenizer's side.
 
@@ -276,12 +282,12 @@ class XAR(ImageGenerator):
             its = f"latents {theirs}" if theirs else "other tokens"
             raise TokenizerMismatch(f"{self.name} makes latents {ours}, and {tokenizer.name} has {its}")
 
-    def bytes_per_image(self) -> int:
+    def bytes_per_image(self, settings: XARSettings) -> int:
         """Cache, modulations and activations of both branches, and the decoded pixels with what leads to them."""
         config = self.config
         depth, tokens = config.encoder_depth + config.decoder_depth, self.entities.num_tokens
         cache = 2 * 2 * depth * tokens * config.embed_dim
-        modulations = depth * 6 * config.embed_dim * (config.num_steps + 1)
+        modulations = depth * NUM_MODULATIONS * config.embed_dim * (max(settings.steps) + 1)
         activations = 2 * max(self.entities.sizes) * 12 * config.embed_dim
         side = self.tokenizer.image_size
         return 4 * (cache + modulations + activations + 400 * side * side)
@@ -298,7 +304,7 @@ class _Run:
         no_class = labels_B.new_full((batch if self.is_guided else 0,), model.config.num_classes)
         self.classes, self.class_of_row_R = torch.cat([labels_B, no_class]).unique(return_inverse=True)
         self.modulations: dict[int, list[Tensor]] = {}
-        self.network = getattr(model, "_compiled", transformer)
+        self.network = transformer if model._compiled is None else model._compiled
         channels = model.config.latent_channels
         self.x_BTC = torch.zeros(batch, layout.num_tokens, channels, device=labels_B.device)
         like = transformer.condition(labels_B[:1], torch.zeros_like(labels_B[:1]))  # dtype and device of computing
@@ -307,8 +313,8 @@ class _Run:
         depth = len(transformer.blocks)
         self.cache = KeyValueCache(depth, rows, heads, layout.num_tokens, head_width, like)
 
-    def steps_of(self, entity: int):
-        """Generate an entity; yields after each step."""
+    def unfinished_steps(self, entity: int) -> Iterator[int]:
+        """Generate an entity; yields the number of each step, from 1 on, but the last one's, which finishes it."""
         layout, settings = self.model.entities, self.settings
         tokens, weight = layout.tokens_of(entity), settings.guidance_of(entity)
         shape = (layout.sizes[entity], self.model.config.latent_channels)
@@ -326,9 +332,9 @@ class _Run:
                 if then > 0:
                     spread = (2 * now * (now - then)) ** 0.5
                     x_BLC = x_BLC + spread * self.noise.step(entity, step, shape).to(device)
-            if then == 0:
-                self.x_BTC[:, tokens] = x_BLC.float()
-            yield
+            if then > 0:
+                yield step + 1
+        self.x_BTC[:, tokens] = x_BLC.float()
 
     def skip(self, entity: int) -> None:
         """Draw an entity's noise for nothing: the later ones' is then the same whether others in the batch need it."""
@@ -366,6 +372,9 @@ class _Run:
         kept = {time: self.modulations[time] for time in times if time in self.modulations}
         missing = [time for time in times if time not in kept]
         if missing:
+            # Copies, so that the entity before does not stay as a whole: these are views of its modulations.
+            kept = {time: [m_K1M.clone() for m_K1M in blocks] for time, blocks in kept.items()}
+            self.modulations = kept
             index_S1 = time_index(torch.tensor(missing, device=self.classes.device))[:, None]
             condition_SKD = self.model.transformer.condition(self.classes, index_S1)
             blocks = self.model.transformer.modulations(condition_SKD)

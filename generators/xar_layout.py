@@ -103,8 +103,12 @@ class Layout:
         """Per-entity values as per-token values [B, T, X]."""
         return values_BEX.repeat_interleave(torch.tensor(self.sizes, device=values_BEX.device), dim=1)
 
-    def in_equal_groups(self, values_BEX: Tensor) -> Tensor:
-        """Per-entity values [B, E, X] where all entities have the same size, else per-token values [B, T, X]."""
+    def groups_or_tokens(self, values_BEX: Tensor) -> Tensor:
+        """Values of G groups of T / G neighbouring tokens, [B, G, X], with as few groups as there can be.
+
+        G is E, and the values are those given, where all entities have the same size. Scales have different ones: G is
+        T then, each token has its entity's values.
+        """
         return values_BEX if len(set(self.sizes)) == 1 else self.spread(values_BEX)
 
     def entity_of_token(self) -> Tensor:

@@ -23,7 +23,10 @@ NUM_MODULATIONS = 6  # gate, gate, scale, scale, shift, shift; the first of each
 
 
 class KeyValueCache:
-    """Keys and values of the finished entities of one run: preallocated, and no part of the model."""
+    """Keys and values of the finished entities of one run: preallocated, and no part of the model.
+
+    `keys` and `values` are [depth, R, H, T, K] with dtype and device of `like`; their first `length` tokens are filled.
+    """
 
     def __init__(self, depth: int, rows: int, heads: int, tokens: int, head_width: int, like: Tensor):
         self.keys = like.new_empty(depth, rows, heads, tokens, head_width)
@@ -31,7 +34,10 @@ class KeyValueCache:
         self.length = 0  # tokens of finished entities
 
     def extend(self, layer: int, k_RHLK: Tensor, v_RHLK: Tensor) -> tuple[Tensor, Tensor]:
-        """Put a call's keys and values behind the finished ones; all that the call may see. `length` stays."""
+        """Put a call's keys and values [R, H, L, K] behind the finished ones of block `layer`.
+
+        Returns all that the call may see, [R, H, length + L, K]. `length` stays: it grows when an entity is finished.
+        """
         rows, end = len(k_RHLK), self.length + k_RHLK.shape[2]
         self.keys[layer, :rows, :, self.length : end] = k_RHLK
         self.values[layer, :rows, :, self.length : end] = v_RHLK
@@ -60,6 +66,8 @@ def rotate(x_RLHK: Tensor, rotary_2LK: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
+    """Self-attention over the tokens of a call and the finished ones in the cache, with rotary positions."""
+
     def __init__(self, width: int, num_heads: int, attn_dropout: float, proj_dropout: float):
         super().__init__()
         self.num_heads, self.attn_dropout = num_heads, attn_dropout
@@ -67,6 +75,12 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(proj_dropout)
 
     def forward(self, x_RLD: Tensor, rotary_2LK: Tensor, mask: Tensor | None, cache: KeyValueCache | None, layer: int):
+        """[R, L, D] to [R, L, D].
+
+        rotary_2LK: cosines and sines [2, L, K / 2] of the tokens' places. mask: bool [L, L], True where token i sees
+        token j; None where all see all; not together with a cache. cache: where the keys and values of block number
+        `layer` lie, which all tokens see, too; this call's are written behind them.
+        """
         heads = rearrange(self.qkv(x_RLD), "r l (n h k) -> r l (n h) k", n=3, h=self.num_heads)
         turned, v = heads.tensor_split([2 * self.num_heads], dim=2)
         q, k = rotate(turned, rotary_2LK).chunk(2, dim=2)
@@ -101,7 +115,11 @@ class Block(nn.Module):
         self.mlp = GatedMLP(width, hidden, proj_dropout)
 
     def forward(self, x_RLD, modulation_RGM: Tensor, rotary_2LK, mask=None, cache=None, layer: int = 0) -> Tensor:
-        """`modulation_RGM` is what `ada_lin` gave for each of G groups of L / G neighbouring tokens: [R, G, 6D]."""
+        """[R, L, D] to [R, L, D].
+
+        modulation_RGM: what `ada_lin` gave for each of G groups of L / G neighbouring tokens, [R, G, 6D].
+        rotary_2LK, mask, cache, layer: see `Attention.forward`.
+        """
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation_RGM[:, :, None].chunk(NUM_MODULATIONS, dim=-1)
         grouped = x_RLD.unflatten(1, (modulation_RGM.shape[1], -1)).shape
         entering_RLD = torch.addcmul(shift1, rms_norm(x_RLD).view(grouped), 1 + scale1).flatten(1, 2)
@@ -162,7 +180,8 @@ class XARTransformer(nn.Module):
         """Velocities [R, L, C] of the tokens at the places `tokens` of the sequence.
 
         modulations: one [R, G, 6D] for each block, of G groups of L / G neighbouring tokens.
-        mask: what each token may see (everything, if None). cache: finished entities that all tokens see, too.
+        mask: bool [L, L], what each token may see (everything, if None).
+        cache: finished entities, which all tokens see, too; not together with a mask.
         """
         dtype = compute_dtype(self.z_norm.dtype, self.z_norm.device)
         h_RLD = self.z_proj(x_RLC.to(dtype)) + self.encoder_pos_embed[:, tokens].to(dtype)

@@ -11,10 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.errors import InvalidInput
+from ..core.packed import PackedLayer
 from .precision import compute_dtype
-
-WAY_OUT = "packed weights can only be used; load the model again to train, save or move it"
 
 
 def can_pack() -> bool:
@@ -32,33 +30,18 @@ def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor
     return torch.ops.mkldnn._linear_pointwise(x, weight_NK, bias_N, "none", [], "")
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(PackedLayer):
     """x [..., K] to [..., N] as `nn.Linear`, for inference on the CPU; takes the weight of `linear` [N, K]."""
 
     def __init__(self, linear: nn.Linear):
-        super().__init__()
+        super().__init__(linear.weight.dtype)
         with torch.no_grad():
             self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
             self._bias = None if linear.bias is None else linear.bias.detach().clone()
         self.packed_bytes = linear.weight.numel() * linear.weight.element_size()
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x.to(self._packed.dtype), self._packed, self._bias, "none", [], "")
-
-    def _save_to_state_dict(self, *args) -> None:
-        raise InvalidInput(WAY_OUT)
-
-    def train(self, mode: bool = True):
-        if mode:
-            raise InvalidInput(WAY_OUT)
-        return super().train(False)
-
-    def _apply(self, fn, recurse: bool = True):
-        probe = torch.empty(0, dtype=self._packed.dtype)
-        moved = fn(probe)
-        if moved.device != probe.device or moved.dtype != probe.dtype:
-            raise InvalidInput(WAY_OUT)
-        return self
+        return torch.ops.mkldnn._linear_pointwise(x.to(self.dtype), self._packed, self._bias, "none", [], "")
 
 
 def pack_for_inference(model: nn.Module, network: nn.Module) -> None:

@@ -41,10 +41,22 @@ def save_random_models(folder: Path) -> None:
         model.save_pretrained(folder / name)
 
 
+def save_random_generator(folder: Path) -> None:
+    """A generator with as many labels as people may bring; only its controls are looked at."""
+    from mediatok.generators.xar import XAR
+
+    names = [f"category {number}" for number in range(9)] + [f"name {number}" for number in range(1791)]
+    XAR(
+        grid=8, latent_channels=8, layout="cell", layout_size=4, embed_dim=16, num_heads=2, encoder_depth=1,
+        decoder_depth=1, num_classes=len(names), label_names=names, tokenizer="kl-tiny",
+    ).save_pretrained(folder / "random-names")  # fmt: skip
+
+
 @pytest.fixture(scope="session")
 def models_dir(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     save_random_models(folder)
+    save_random_generator(folder)
     return folder
 
 
@@ -174,6 +186,13 @@ class User:
         )
         images = self.page.locator("#generate-grid .mt-made img")
         return [images.nth(index).get_attribute("src") for index in range(count)]
+
+    def forget_toasts(self) -> None:
+        """Close all messages."""
+        self.page.wait_for_function(
+            "() => { const all = [...document.querySelectorAll('[data-testid=toast-close]')];"
+            " all.forEach((close) => close.click()); return !all.length; }"
+        )
 
     @property
     def toasts(self):

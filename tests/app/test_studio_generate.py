@@ -14,13 +14,15 @@ from PIL import Image, ImageChops
 def settle(user, model: str, *, steps: int, count: int, seed: int | None = None) -> None:
     """The tab with a generator and its settings."""
     user.tab("Generate")
-    if user.page.locator("#generate-model input").input_value() != model:
-        user.choose("#generate-model", model)
-        user.page.wait_for_timeout(1500)
     more = user.page.locator("#generate-steps")
     if not more.is_visible():
         user.page.locator("#generate-more button").first.click()
         more.wait_for()
+    if user.page.locator("#generate-model input").input_value() != model:
+        user.fill("#generate-steps", 987, then="Tab")
+        user.choose("#generate-model", model)
+        # The new model brings its own number of steps.
+        user.page.wait_for_function("document.querySelector('#generate-steps input').value !== '987'")
     user.fill("#generate-steps", steps, then="Tab")
     user.fill("#generate-count", count, then="Tab")
     fresh = user.page.locator("#generate-fresh input")
@@ -30,7 +32,17 @@ def settle(user, model: str, *, steps: int, count: int, seed: int | None = None)
 
 
 def generate(user) -> None:
+    user.forget_toasts()  # a new message joins those that are there, folded up
     user.page.locator("#generate-run").click()
+
+
+def labels(user) -> list[str]:
+    """What is to be made."""
+    return user.page.locator("#generate-labels .mt-chip span").all_inner_texts()
+
+
+def type_label(user, text: str, then: str = "Enter") -> None:
+    user.fill("#generate-labels", text, then=then)
 
 
 def difference(a: Image.Image, b: Image.Image) -> int:
@@ -84,7 +96,7 @@ def test_previews_then_pictures_that_the_shown_code_makes_again(user):
 def test_vary_keeps_what_was_marked(user):
     settle(user, "maskgit-tiny", steps=8, count=2, seed=5)
     generate(user)
-    user.page.get_by_text("seed 5 ·").wait_for()
+    user.page.get_by_text("seed 5 ·").first.wait_for()
     user.made(4)
     user.page.locator("#generate-grid .mt-made").nth(1).click()
     user.page.locator("#generate-panel").get_by_text("seed 6").wait_for()
@@ -137,25 +149,51 @@ def test_generated_picture_goes_to_the_image_tab(user):
     user.tab("Generate")
 
 
-def test_stop_keeps_finished_pictures_and_leaves_the_other_user_alone(user, other_user):
+def test_two_people_at_once(user, other_user, studio_url):
+    """One stops a run, then asks for nonsense, while the other's run waits and works."""
+    client = Client(studio_url, verbose=False)
+    alone, _ = client.predict("xar-tiny", ["smileys & emotion", "flags"], 50, 30, 3.0, api_name="/generate")
     settle(user, "xar-tiny", steps=8, count=1, seed=1)
     generate(user)
-    user.page.get_by_text("seed 1 ·").wait_for()
+    user.page.get_by_text("seed 1 ·").first.wait_for()
     before = user.made(2)
     user.fill("#generate-steps", 1000, then="Tab")  # 4,000 steps: long work
     generate(user)
     user.page.locator("#generate-grid .mt-progress").get_by_text("%").wait_for()
-    settle(other_user, "xar-tiny", steps=4, count=1, seed=50)
+    settle(other_user, "xar-tiny", steps=30, count=1, seed=50)
+    user_labels = labels(other_user)
+    other_user.fill("#generate-guidance", 3, then="Tab")
     generate(other_user)
     other_user.page.get_by_text("waiting for 1 other job").wait_for()
     user.page.keyboard.press("Escape")
     assert user.made(2) == before  # nothing was finished: what was there is back
-    other_user.page.get_by_text("seed 50 ·").wait_for()
-    assert len(other_user.made(2)) == 2
     assert user.toasts.count() == 0
 
-    # Of two batches the first is finished when Stop comes.
-    settle(user, "maskgit-tiny", steps=100, count=4, seed=200)
+    other_user.page.locator("#generate-grid .mt-progress").get_by_text("%").wait_for()
+    type_label(user, "no such thing")
+    generate(user)
+    user.toasts.get_by_text("Unknown label 'no such thing'").wait_for()
+    user.tab("Image")
+    user.upload(b"no picture at all")
+    user.toasts.get_by_text("not a sound").wait_for()
+
+    other_user.page.get_by_text("seed 50 ·").first.wait_for()
+    other_user.made(2)
+    assert labels(other_user) == user_labels
+    archive = zipfile.ZipFile(io.BytesIO(downloaded(other_user, "#generate-zip")))
+    pictures = [Image.open(io.BytesIO(archive.read(name))) for name in archive.namelist() if name.endswith(".png")]
+    assert [difference(*pair) for pair in zip(pictures, map(Image.open, alone), strict=True)] == [0, 0]
+    assert other_user.toasts.count() == 0
+
+    user.tab("Generate")
+    user.page.get_by_role("button", name="Remove no such thing").click()
+    settle(user, "xar-tiny", steps=4, count=1, seed=77)
+    generate(user)
+    user.page.get_by_text("seed 77 ·").first.wait_for()
+
+
+def test_stop_keeps_finished_pictures(user):
+    settle(user, "maskgit-tiny", steps=100, count=4, seed=200)  # two batches; the first is finished when Stop comes
     generate(user)
     user.page.locator("#generate-grid .mt-made").nth(3).wait_for()
     user.page.locator("#generate-stop").click()
@@ -163,21 +201,89 @@ def test_stop_keeps_finished_pictures_and_leaves_the_other_user_alone(user, othe
     assert "stopped, 8 asked" in user.page.locator("#generate-numbers").inner_text()
 
 
+def test_newer_run_replaces_the_one_under_way(user):
+    settle(user, "maskgit-tiny", steps=1000, count=1, seed=300)
+    generate(user)
+    user.page.locator("#generate-grid .mt-progress").get_by_text("%").wait_for()
+    type_label(user, "no such thing")
+    generate(user)
+    user.toasts.get_by_text("Unknown label").wait_for()
+    assert user.page.locator("#generate-grid .mt-progress span").count() == 1  # a mistake ends nothing
+    user.page.get_by_role("button", name="Remove no such thing").click()
+    user.fill("#generate-seed", 310, then="Tab")
+    user.fill("#generate-steps", 4)  # Enter
+    user.page.get_by_text("seed 310 ·").first.wait_for()
+    assert len(user.made(2)) == 2
+
+
 def test_bad_settings_are_messages(user):
     settle(user, "maskgit-tiny", steps=8, count=1, seed=9)
     generate(user)
-    user.page.get_by_text("seed 9 ·").wait_for()
+    user.page.get_by_text("seed 9 ·").first.wait_for()
     before = user.made(2)
-    user.fill("#generate-steps", 5000)
-    user.toasts.get_by_text("from 1 to 1000").first.wait_for()
-    assert user.made(2) == before
+    steps, guidance, seed = "Steps must be a whole number", "Guidance must be a number", "Seed must be a whole number"
+    for field, values, message in (
+        ("steps", ("0", "-3", "", "2.5", "5000", "1e30"), steps),
+        ("guidance", ("", "-1", "1e9", "1e999"), guidance),
+        ("seed", ("-1", "", "1e30"), seed),
+    ):
+        box = user.page.locator(f"#generate-{field} input")
+        sound = box.input_value()
+        for value in values:
+            user.fill(f"#generate-{field}", value, then="Tab")
+            generate(user)
+            user.toasts.get_by_text(message).first.wait_for()
+        user.fill(f"#generate-{field}", sound, then="Tab")
     settle(user, "maskgit-tiny", steps=8, count=16, seed=9)
     user.choose("#generate-labels", "objects")
-    user.page.keyboard.press("Tab")
     generate(user)
     user.toasts.get_by_text("at most 32").first.wait_for()
+    user.page.get_by_role("button", name="Remove objects").click()
     assert user.made(2) == before
     assert "Traceback" not in user.page.locator("body").inner_text()
+    settle(user, "maskgit-tiny", steps=8, count=1, seed=10)
+    generate(user)
+    user.page.get_by_text("seed 10 ·").first.wait_for()
+
+
+def test_labels_are_typed(user):
+    settle(user, "maskgit-tiny", steps=4, count=1, seed=400)
+    while labels(user):
+        user.page.locator("#generate-labels .mt-chip button").first.click()
+    type_label(user, "fla")  # the first that begins with it
+    type_label(user, "Objects", then="Tab")  # left without Enter, it counts, too
+    assert labels(user) == ["flags", "objects"]
+    type_label(user, "symbolz")
+    assert user.page.locator("#generate-labels .unknown").inner_text().startswith("symbolz")
+    generate(user)
+    user.toasts.get_by_text("Did you mean").first.wait_for()
+    user.page.locator("#generate-labels input").press("Backspace")
+    user.page.locator("#generate-labels input").fill("symbolz")
+    offered = user.page.locator("#generate-labels [role=option]")
+    assert offered.first.inner_text() == "symbols"
+    offered.first.click()
+    assert labels(user) == ["flags", "objects", "symbols"]
+    user.page.locator("#generate-labels input").press("Enter")  # without a word: Generate
+    user.page.get_by_text("seed 402 ·").wait_for()
+    assert "['flags', 'objects', 'symbols']" in code(user, "python")
+
+
+def test_many_labels_are_searched(user):
+    user.tab("Generate")
+    user.choose("#generate-model", "random-names (local)")
+    box, offered = user.page.locator("#generate-labels input"), user.page.locator("#generate-labels [role=option]")
+    user.page.wait_for_function("!document.querySelector('#generate-labels .mt-chip')")  # it has none of these labels
+    box.click()
+    user.page.get_by_text("1800 labels: type to search").wait_for()
+    assert offered.all_inner_texts()[:2] == ["category 0", "category 1"]
+    assert offered.count() == 200
+    box.fill("name 17")
+    assert offered.first.inner_text() == "name 17"
+    box.press("ArrowDown")
+    box.press("Enter")
+    assert labels(user) == ["name 170"]
+    box.press("Escape")
+    settle(user, "xar-tiny", steps=4, count=1, seed=1)
 
 
 def test_endpoint(studio_url, tmp_path):

@@ -10,6 +10,8 @@ from mediatok import Tokens
 from PIL import Image
 from playwright.sync_api import TimeoutError
 
+TABS = ("Image", "Compare", "Generate", "Models", "Help")
+
 
 def photo(size=(90, 60), seed=0) -> bytes:
     rng = np.random.default_rng(seed)
@@ -196,7 +198,10 @@ def test_light_and_dark_at_both_sizes(user, width, height, tmp_path):
     page.set_viewport_size({"width": width, "height": height})
     for scheme in ("dark", "light"):
         page.locator("#mt-theme").click()
-        for tab in ("Image", "Compare", "Models", "Help"):
+        for tab in TABS:
+            place = page.get_by_role("tab", name=tab, exact=True).bounding_box()
+            assert place, f"{tab} is hidden"
+            assert 0 <= place["x"] <= width - place["width"], f"{tab} is cut off"
             user.tab(tab)
             path = tmp_path / f"{tab.lower()}-{width}-{scheme}.png"
             page.screenshot(path=path)

@@ -1,6 +1,7 @@
 """Parts of the studio without a server: jobs and device, the model shelf, sessions, access, code, drawings."""
 
 import copy
+import dataclasses
 import re
 import shlex
 import threading
@@ -11,14 +12,15 @@ import pytest
 import torch
 from mediatok.app import cli, studio_actions, studio_code, studio_plots, studio_views
 from mediatok.app.studio import check_access, launch
-from mediatok.app.studio_code import generation_command
+from mediatok.app.studio_code import generation_command, generation_python
 from mediatok.app.studio_gallery import waiting_grid
-from mediatok.app.studio_generation import make_pictures
+from mediatok.app.studio_generate import Numbers
+from mediatok.app.studio_generation import Gallery, Made, Recipe, make_pictures
 from mediatok.app.studio_models import Catalogue
 from mediatok.app.studio_session import Session
 from mediatok.app.studio_worker import Device, Job, ModelShelf, newest
 from mediatok.evaluation.rate import RatePoint
-from PIL import Image
+from PIL import Image, ImageChops
 
 
 def test_device_serves_in_order():
@@ -142,6 +144,53 @@ def test_commands_of_an_edit(tmp_path, monkeypatch):
     for picture in gallery.pictures:
         made = mt.read_image(tmp_path / "generated" / f"flags-{picture.recipe.seed}.png")
         assert made.tobytes() == picture.image.tobytes()
+
+
+@pytest.mark.parametrize("name", ["xar-tiny", "maskgit-tiny"])
+def test_shown_code_makes_the_same_pictures(name, tmp_path, monkeypatch):
+    """The Python and the commands run as they are shown, and write what the tab shows."""
+    wanted = ["flags", "flags", "smileys & emotion", None]
+    gallery = make_pictures(mt.load(name), name, wanted, 5, 3, 2.0, Job())
+    assert "['flags'] * 2 + ['smileys & emotion'] + [None]" in generation_python(gallery)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(generation_python(gallery), "shown", "exec"), {})
+    for line in generation_command(gallery).splitlines():
+        with pytest.raises(SystemExit) as ended:
+            cli.main(shlex.split(line)[1:])
+        assert not ended.value.code
+    for picture, word in zip(gallery.pictures, ("flags", "flags", "smileys-emotion", "none"), strict=True):
+        seed = picture.recipe.seed
+        assert mt.read_image(tmp_path / f"{seed}.png").tobytes() == picture.image.tobytes()
+        by_command = mt.read_image(tmp_path / "generated" / f"{word}-{seed}.png")  # in batches of other sizes
+        difference = ImageChops.difference(by_command, picture.image)
+        assert max(high for _, high in difference.getextrema()) <= 2
+
+
+def test_labels_in_code_are_names_where_these_are_clear():
+    names = ("tiger", "hot dog", "it's", "7", "none", "-x", "", "twice", "Twice")
+    gallery = Gallery("a", "a", names, "1", 1.0, "CPU", 4, None, len(names) + 1)
+    made = [Made(None, torch.zeros(1, 4), Recipe(number, 3, 1, 1.0), 0.1) for number in (*range(len(names)), None)]
+    gallery = dataclasses.replace(gallery, pictures=tuple(made))
+    assert """sample(['tiger', 'hot dog', "it's", 3, 4, 5, 6, 7, 8, None], seed=3""" in generation_python(gallery)
+    words = shlex.split(generation_command(gallery))
+    assert words[3 : words.index("--seed")] == ["tiger", "hot dog", "it's", "3", "4", "5", "6", "7", "8", "none"]
+
+
+def test_number_fields_are_checked():
+    sound = Numbers(2, 7, False, 20.0, 4.5)
+    assert sound.checked() == (2, 7, 20, 4.5)
+    nan, infinite = float("nan"), float("inf")
+    for field, values in (
+        ("count", (0, 17, 1.5, None, "2", True)),
+        ("seed", (-1, 2**53, 1e30, 0.5, nan, infinite, None)),
+        ("steps", (0, 1001, 2.5, nan, None, [3])),
+        ("guidance", (-0.1, 101, nan, infinite, None, "3")),
+    ):
+        for value in values:
+            with pytest.raises(mt.InvalidInput, match=r"must be a (whole )?number from \d to "):
+                dataclasses.replace(sound, **{field: value}).checked()
+    drawn = dataclasses.replace(sound, seed=None, fresh=True)  # the field is not read then
+    assert drawn.checked()[1] != drawn.checked()[1]
 
 
 def test_gallery_grid_wastes_no_place():

@@ -182,7 +182,7 @@ def test_endpoint_errors_are_messages(client, models_dir, photo, tmp_path):
 
 def test_private_events_are_not_endpoints(client):
     named = set(client.view_api(return_format="dict")["named_endpoints"])
-    assert named == {"/encode_image", "/decode_tokens", "/compare", "/models"}
+    assert named == {"/encode_image", "/decode_tokens", "/compare", "/generate", "/models"}
 
 
 def test_upload_is_not_an_image_for_its_name(client, models_dir, tmp_path):

@@ -86,7 +86,7 @@ class FakeGenerator(ImageGenerator):
     def decode_content(self, content):
         return self.tokenizer.decode_ids(content)
 
-    def bytes_per_image(self):
+    def bytes_per_image(self, settings):
         return 1000
 
     def check_tokenizer(self, tokenizer):
@@ -170,10 +170,23 @@ def test_without_a_seed_every_call_is_another(gen):
     assert torch.equal(gen.sample([0, 0], seed=first.seeds).content, first.content)
 
 
-@pytest.mark.parametrize("seed", [-1, 2**63, 1.5, "1", True, [1], [1, 2, 3], [1, None], np.float32(1)])
+@pytest.mark.parametrize(
+    "seed",
+    [
+        -1, 2**63, 2**63 - 1, 1.5, "1", True, [1], [1, 2, 3], [1, None], np.float32(1), torch.tensor(1.0),
+        torch.tensor(True), torch.tensor([[1, 2]]), torch.tensor([]),
+    ],
+)  # fmt: skip
 def test_wrong_seeds(seed):
     with pytest.raises(mt.InvalidInput, match="seeds"):
         image_seeds(seed, 2)
+
+
+def test_seeds_may_be_tensors_and_arrays():
+    for one in (torch.tensor(3), np.int64(3), np.array(3)):
+        assert image_seeds(one, 2) == [3, 4]
+    for several in (torch.tensor([7, 3]), np.array([7, 3]), (7, 3)):
+        assert image_seeds(several, 2) == [7, 3]
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001, 10**12, 1.0, True, "8", float("nan")])
@@ -182,7 +195,7 @@ def test_absurd_steps(gen, steps):
         gen.generate(0, steps=steps)
 
 
-@pytest.mark.parametrize("guidance", [float("nan"), float("inf"), -float("inf"), -1, 1000, "3", True])
+@pytest.mark.parametrize("guidance", [float("nan"), float("inf"), -float("inf"), -1, 1000, 10**400, "3", True])
 def test_absurd_guidance(gen, guidance):
     with pytest.raises(mt.InvalidInput, match=r"guidance=.* must be a number from 0 to 100"):
         gen.generate(0, guidance=guidance)
@@ -191,6 +204,8 @@ def test_absurd_guidance(gen, guidance):
 def test_other_wrong_options(gen):
     with pytest.raises(mt.InvalidInput, match=r"no option .heta.\. Did you mean 'heat'"):
         gen.generate(0, heta=1)
+    with pytest.raises(mt.InvalidInput, match=r"no option .self."):
+        gen.generate(0, self=3)
     for batch_size in (0, -1, 1.5, True):
         with pytest.raises(mt.InvalidInput, match="batch_size"):
             gen.generate(0, batch_size=batch_size)
@@ -272,6 +287,12 @@ def test_every_step_is_reported_and_previews_are_pixels(gen):
     assert 0 <= float(previews[1].min()) <= float(previews[1].max()) <= 1
     gen.generate(0, on_step=lambda step, total, preview=None: seen.append(preview))
     assert seen[-1] is None  # not asked for
+
+
+def test_what_cannot_be_called_is_refused_before_any_work(gen, monkeypatch):
+    monkeypatch.setattr(gen, "generate_content", lambda *arguments: pytest.fail("worked"))
+    with pytest.raises(mt.InvalidInput, match="on_step must be a function"):
+        gen.generate(0, on_step="progress")
 
 
 def test_cancelling_stops_at_the_next_step(gen):
@@ -378,6 +399,6 @@ def test_a_tokenizer_of_other_sizes_is_refused(gen):
 
 
 def test_only_tokenizers_with_ids_make_tokens(gen):
-    gen._tokenizer_box[0] = SimpleNamespace(is_continuous=True, device=gen.device)
+    gen._tokenizer_box.tokenizer = SimpleNamespace(is_continuous=True, device=gen.device)
     with pytest.raises(mt.InvalidInput, match="continuous"):
         gen.tokens(torch.zeros(1, UNITS, dtype=torch.int64))

@@ -55,6 +55,15 @@ def test_unknown_names_get_suggestions():
         mt.load("titok-tiny", dtype="float16")
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "nonsense", "cuda:-1", "", 1.5])
+@pytest.mark.parametrize("name", ["titok-tiny", "maskgit-tiny"])
+def test_devices_that_cannot_be_used_are_told_before_the_work(name, device, monkeypatch):
+    monkeypatch.setattr("mediatok.core.registry.model_class", lambda name: pytest.fail("built a model"))
+    for make in (mt.load, mt.create):
+        with pytest.raises(mt.InvalidInput, match=r"device=.* cannot be used here .* use device='cpu'"):
+            make(name, device=device)
+
+
 def test_released_weights_without_network_say_what_to_do(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -49,6 +49,9 @@ def test_absurd_guidance(gen, guidance):
 def test_other_options_are_checked(make_small):
     with pytest.raises(mt.InvalidInput, match="temperature=nan"):
         make_small("maskgit").generate(0, temperature=NAN)
+    for annealing in ("no", "maybe", 1):
+        with pytest.raises(mt.InvalidInput, match=r"annealing=.* must be True or False"):
+            make_small("maskgit").generate(0, annealing=annealing)
     with pytest.raises(mt.InvalidInput, match="guidance_decay='cosine' must be one of"):
         make_small("maskgit").generate(0, guidance_decay="cosine")
     with pytest.raises(mt.InvalidInput, match="sampler='euler' must be one of"):
@@ -58,7 +61,7 @@ def test_other_options_are_checked(make_small):
 
 
 def test_a_batch_that_does_not_fit(gen, monkeypatch):
-    monkeypatch.setattr(base, "available_memory", lambda device: 5 * gen.bytes_per_image())
+    monkeypatch.setattr(base, "available_memory", lambda device: 5 * gen.bytes_per_image(gen.settings()))
     with pytest.raises(mt.LimitExceeded, match=r"a batch of 8 pictures needs about .* use batch_size=5"):
         gen.generate([0] * 8)
     assert len(gen.generate([0] * 6, batch_size=5)) == 6

@@ -183,6 +183,7 @@ def test_the_compiled_network_gives_the_same_ids():
     expected = generator.generate_ids(labels, settings(), rngs(0, 1))
     generator.compile_network(backend="eager", mode=None)
     assert torch.equal(generator.generate_ids(labels, settings(), rngs(0, 1)), expected)
+    assert list(generator.state_dict()) == list(model("uvit").state_dict())
 
 
 def test_what_cannot_be_is_said():

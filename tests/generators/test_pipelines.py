@@ -145,9 +145,16 @@ def test_progress_bar(pipe, capsys):
         ({"num_inference_steps": 0}, "steps=0 must be a whole number"),
         ({"guidance_scale": float("nan")}, "guidance=nan must be"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt=0"),
+        ({"num_images_per_prompt": True}, "num_images_per_prompt=True"),
+        ({"num_images_per_prompt": 2.0}, "num_images_per_prompt=2.0"),
+        ({"num_images_per_prompt": 10**9}, "from 1 to 4096 for 1 labels"),
+        ({"num_images_per_prompt": 1000, "class_labels": [1] * 5}, "from 1 to 819 for 5 labels"),
         ({"output_type": "jpg"}, "output_type='jpg'"),
         ({"generator": seeded(1, 2)}, "2 generators for 1 pictures"),
         ({"generator": 5}, "torch.Generators, not int"),
+        ({"generator": [None], "class_labels": [1]}, "torch.Generators, not NoneType"),
+        ({"generator": [1, 2], "class_labels": [1, 2]}, "torch.Generators, not int"),
+        ({"callback_on_step_end": 5}, "callback_on_step_end must be a function"),
         ({"speed": 5}, "no option 'speed'"),
     ],
 )
@@ -157,9 +164,24 @@ def test_bad_input(pipeline, options, words):
 
 
 def test_memory(pipe, monkeypatch):
-    monkeypatch.setattr(base, "available_memory", lambda device: 2 * pipe.generator.bytes_per_image())
-    with pytest.raises(mt.LimitExceeded, match="batch_size=2"):
+    per_image = pipe.generator.bytes_per_image(pipe.generator.settings())
+    monkeypatch.setattr(base, "available_memory", lambda device: 2 * per_image)
+    with pytest.raises(mt.LimitExceeded, match="make at most 2 pictures in one call"):
         pipe([0] * 3)
+    with pytest.raises(mt.LimitExceeded, match="make at most 2 pictures in one call"):
+        pipe(0, num_images_per_prompt=4)
+
+
+def test_a_pipeline_from_another(pipe):
+    twin = type(pipe).from_pipe(pipe)
+    assert twin.components == pipe.components
+
+
+def test_packed_weights_are_not_saved(pipe, tmp_path):
+    pipe.generator.pack_network()
+    with pytest.raises(mt.InvalidInput, match="load the model again"):
+        pipe.save_pretrained(tmp_path / "saved")
+    assert not any(tmp_path.iterdir())
 
 
 def test_components_must_match(make_small):

@@ -103,6 +103,16 @@ def test_packed_weights_make_the_same_pictures_and_cannot_be_saved(gen, tmp_path
     gen.pack_network()
     after = gen.sample([0, 1], seed=3, steps=3).content
     torch.testing.assert_close(after.float(), before.float(), rtol=0, atol=1e-4)
-    for refused in (lambda: gen.save_pretrained(tmp_path / "packed"), gen.train, gen.state_dict):
+    kept = {name: value.clone() for name, value in gen.named_parameters()}
+    for refused in (
+        lambda: gen.save_pretrained(tmp_path / "packed"), gen.train, gen.state_dict, lambda: gen.to("meta"),
+        lambda: gen.to(torch.bfloat16), gen.half, lambda: gen.cast(torch.bfloat16),
+    ):  # fmt: skip
         with pytest.raises(mt.MediatokError, match="load the model again"):
             refused()
+    # It refuses as a whole: nothing is written, converted or moved, and no dropout is on.
+    assert not any(tmp_path.iterdir())
+    assert not any(module.training for module in gen.modules())
+    assert all(torch.equal(value, kept[name]) for name, value in gen.named_parameters())
+    assert torch.equal(gen.sample([0, 1], seed=3, steps=3).content, after)
+    gen.to("cpu").float().eval()  # changes nothing

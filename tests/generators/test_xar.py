@@ -187,6 +187,15 @@ def test_the_compiled_network_gives_the_same():
     expected = generator.generate_latents(label, settings, rngs(0))
     generator.compile_network(backend="eager", mode=None)
     torch.testing.assert_close(generator.generate_latents(label, settings, rngs(0)), expected, atol=1e-5, rtol=1e-4)
+    assert list(generator.state_dict()) == list(model().state_dict())
+
+
+def test_memory_is_estimated_with_the_steps_of_the_run(make_small):
+    """Each block keeps what it makes of every step's time; the most steps of an entity count."""
+    generator = make_small("xar")
+    few, many, falling = (generator.bytes_per_image(generator.settings(steps)) for steps in (2, 100, (100, 50)))
+    assert many - few == 4 * 2 * 6 * 32 * 98
+    assert falling == many
 
 
 def test_what_cannot_be_is_said():

@@ -83,6 +83,7 @@ def test_packed_models_are_not_saved_trained_or_moved(tmp_path):
     generator.pack_network()
     with pytest.raises(InvalidInput, match="load the model again"):
         generator.save_pretrained(tmp_path / "m")
+    assert not (tmp_path / "m").exists()
 
 
 def test_a_torch_without_onednn_is_left_alone(monkeypatch):

@@ -172,6 +172,16 @@ def test_nothing_is_overwritten_unasked(run, made):
         (["food", "--set", "temprature=1"], "no option 'temprature'. Did you mean 'temperature'?"),
         (["food", "--set", "temperature=NaN"], "temperature=nan must be"),
         (["food", "--set", "temperature"], "must be name=value"),
+        (["food", "--set", "self=3"], "no option 'self'"),
+        (["food", "--set", f"temperature={10**400}"], "must be a number from 0 to 100"),
+        (["food", "--set", "temperature=" + "[" * 5000], "must be a number from 0 to 100"),
+        (["food", "--set", "annealing=maybe"], "annealing='maybe' must be True or False"),
+        (["food", "--set", "annealing=no", "--set", "annealing=yes"], "--set annealing is given twice"),
+        (["food", "--guidance", "5", "--set", "guidance=3"], "--guidance and --set guidance say the same thing"),
+        (["food", "--steps", "5", "--set", "steps=3"], "--steps and --set steps say the same thing"),
+        (["food", "--out", "x.gif"], "--out x.gif must end in .png, .jpg, .jpeg, .webp, .bmp, or be a folder"),
+        (["food", "--out", "x.mp4"], "--out x.mp4 must end in"),
+        (["food", "--grid", "--out", "X.EXE"], "--out X.EXE must end in"),
         (["food", "--keep", "0"], "--edit and --keep go together"),
         (["food", "--edit", "gone.png", "--keep", "0"], "gone.png"),
         (["food", "--edit", "gone.png", "--keep", "5-1"], "'5-1' is neither a number nor a range"),
@@ -194,7 +204,8 @@ def test_bad_input(run, made, photos, tmp_path, arguments, words):
 
 
 def test_a_batch_that_does_not_fit(run, made, monkeypatch):
-    per_image = mt.load(made / "maskgit").bytes_per_image()
+    model = mt.load(made / "maskgit")
+    per_image = model.bytes_per_image(model.settings())
     monkeypatch.setattr(base, "available_memory", lambda device: 3 * per_image)
     result = run("generate", made / "maskgit", "food", "-n", 8)
     assert result.code == 2
@@ -261,5 +272,12 @@ def test_units_and_options_are_parsed():
     for text in ("", "a", "1-", "-1", "3,,4", "9" * 50):
         with pytest.raises(mt.InvalidInput, match="--keep"):
             parse_units(text)
-    options = parse_options(["a=1", "b=2.5", "c=linear", "d=true", "e=False"])
-    assert options == {"a": 1, "b": 2.5, "c": "linear", "d": True, "e": False}
+    options = parse_options(["a=1", "b=2.5", "c=linear", "d=true", "e=False", "f=No", "g= yes"])
+    assert options == {"a": 1, "b": 2.5, "c": "linear", "d": True, "e": False, "f": False, "g": True}
+
+
+def test_folders_may_have_dots_in_their_names(run, made, tmp_path):
+    (tmp_path / "old.gif").mkdir()
+    for out in ("old.gif", "run.2"):
+        assert run("generate", made / "maskgit", "food", "--seed", 1, "--out", out).code == 0
+        assert (tmp_path / out / "food-1.png").is_file()
