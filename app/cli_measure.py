@@ -92,6 +92,9 @@ def evaluate_generator(
     train: Annotated[Path, typer.Option(help="Folder of the pictures that it was trained on.")],
     val: Annotated[Path, typer.Option(help="Folder of held-out pictures.")],
     labels: Annotated[Path | None, typer.Option(help="JSON of each file's class; default the folders' names.")] = None,
+    label_field: Annotated[
+        str, typer.Option(help="Field of --labels to take the classes from, as category or name.")
+    ] = "category",
     num_images: Annotated[int, typer.Option(min=1, help="Pictures to make.")] = 512,
     seed: Annotated[int, typer.Option(min=0, help="Of the first picture, and of the choice of real ones.")] = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps; default the model's own.")] = None,
@@ -112,8 +115,8 @@ def evaluate_generator(
     options = {"steps": steps, "guidance": guidance}
     with _bar(num_images, "generate") as bar:
         report = run_evaluation(
-            generator, train, val, labels=labels, num_images=num_images, seed=seed, lite0_weights=lite0_weights,
-            batch_size=batch_size, on_step=_advance(bar), **options,
+            generator, train, val, labels=labels, label_field=label_field, num_images=num_images, seed=seed,
+            lite0_weights=lite0_weights, batch_size=batch_size, on_step=_advance(bar), **options,
         )  # fmt: skip
     print(report.to_json().rstrip() if as_json else report)
 
