@@ -41,6 +41,7 @@ lint: $(STAMP)  ## ruff
 
 bench: $(STAMP)  ## print speed and memory as ratios against the plain formulations
 	$(PY) benchmarks/nearest.py
+	$(PY) benchmarks/attention.py
 	$(PY) benchmarks/titok.py
 	$(PY) benchmarks/maskgit.py
 	$(PY) benchmarks/xar.py

@@ -30,7 +30,7 @@ def test_python_examples(checkout):
     assert done.returncode == 0, done.stderr
     assert mediatok.read_image(checkout / "tiger-32.png").size == (64, 64)
     assert int(mediatok.Tokens.load(checkout / "tiger.mtok").lengths[0]) == 32
-    assert mediatok.read_image(checkout / "food.png").size == (64, 64)
+    assert mediatok.read_image(checkout / "apple.png").size == (64, 64)
 
 
 def test_command_line_examples(checkout):
