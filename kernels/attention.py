@@ -1,8 +1,7 @@
 """Softmax attention: torch's fused kernel, and two plain products where those are faster.
 
 torch's fused CPU kernel walks over blocks of keys. It saves memory, and with the few tokens of token sequences it takes
-up to twice as long as writing the scores out, in bfloat16 always, and four times when training in bfloat16
-(`benchmarks/attention.py`).
+up to twice as long as writing the scores out, in bfloat16 always (`benchmarks/attention.py` times inference).
 
 Shape suffixes: B batch, H heads, L queries, T keys, D head width.
 """
