@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from .errors import InvalidTokens
-from .tokens import FRAMES, MAX_LENGTH, MAX_NAME_BYTES, MAX_VOCAB_SIZE, ImageFrame, Tokens
+from .tokens import FRAMES, MAX_LENGTH, MAX_NAME_BYTES, MAX_VOCAB_SIZE, ImageFrame, SpeechFrame, Tokens
 
 MAGIC = b"MTOK"
 VERSION = 1
-MODALITIES = {"image": 1}  # number of each modality in the file
+MODALITIES = {"image": 1, "speech": 2}  # number of each modality in the file
 MAX_ITEMS = 2**16
 MAX_IDS = 2**21  # of ids [B, L, Q] with their padding, so that a small file cannot ask for much memory
 MAX_FILE_BYTES = 16 * 2**20  # more than the limits above can fill
@@ -161,7 +161,7 @@ class _Reader:
             raise InvalidTokens(f"the .mtok file announces an item of {length} tokens")
         return length
 
-    def frame(self, frame_class: type) -> ImageFrame:
+    def frame(self, frame_class: type) -> ImageFrame | SpeechFrame:
         return frame_class(*(self.varint() for _ in fields(frame_class)))
 
 

@@ -19,6 +19,7 @@ from .files import atomic_write, read_limited, shown
 
 MAX_SIDE = 2**16 - 1  # pixels; JPEG and GIF have the same limit
 MAX_TILES = 2**14 - 1  # in a row or column
+MAX_SAMPLES = 2**32 - 1  # of a clip
 MAX_LENGTH = 2**28 - 1  # tokens of an item
 MAX_VOCAB_SIZE = 2**32
 MAX_CODEBOOKS = 255
@@ -56,8 +57,19 @@ class ImageFrame:
         return max(self.rows * self.cols, 1)
 
 
-# What an item of each modality carries beside its ids. A new modality adds its frame here and its bytes in mtok.py.
-FRAMES = {"image": ImageFrame}
+@dataclass(frozen=True)
+class SpeechFrame:
+    """What a clip was: its number of samples at the tokenizer's rate. Decoded waveforms are cut to it."""
+
+    num_samples: int
+
+    def __post_init__(self):
+        if not isinstance(self.num_samples, int) or not 1 <= self.num_samples <= MAX_SAMPLES:
+            raise InvalidTokens(f"the samples of a clip must be 1 to {MAX_SAMPLES}, not {self.num_samples!r}")
+
+
+# What an item of each modality carries beside its ids. A new modality adds its frame here and its number in mtok.py.
+FRAMES = {"image": ImageFrame, "speech": SpeechFrame}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -70,8 +82,8 @@ class Tokens:
     tokenizer: name of the tokenizer, cut to 24 UTF-8 bytes; for people, `fingerprint` decides.
     fingerprint: 16 hex digits of the tokenizer's config and codebook.
     vocab_size: 2 to 2**32 codes.
-    modality: "image".
-    frames: one an item, see `ImageFrame`.
+    modality: "image" or "speech".
+    frames: one an item, see `ImageFrame` and `SpeechFrame`.
     is_batch: whether they came from a list, so that decoding returns a list.
 
     Raises:
@@ -84,7 +96,7 @@ class Tokens:
     fingerprint: str
     vocab_size: int
     modality: str
-    frames: tuple[ImageFrame, ...]
+    frames: tuple[ImageFrame | SpeechFrame, ...]
     is_batch: bool = True
 
     def __post_init__(self):

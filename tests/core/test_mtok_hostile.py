@@ -123,7 +123,7 @@ HOSTILE = {
     "a number of six bytes": (header() + b"\xff" * 6 + bytes(9), "malformed number"),
     "a vocabulary of 1": (header(1) + item(1) + b"\0", "vocabulary of 1 codes"),
     "a vocabulary of 2^35": (header(2**35) + item(1) + bytes(5), "vocabulary of"),
-    "another modality": (header(modality=2) + item(1) + bytes(2), "modality 2"),
+    "another modality": (header(modality=9) + item(1) + bytes(2), "modality 9"),
     "a name too long": (header(name=b"x" * 25) + item(1) + bytes(2), "25 bytes"),
     "a name that is not UTF-8": (header(name=b"\xff") + item(1) + bytes(2), "UTF-8"),
     "a name with a terminal's escape": (header(name=b"\x1b[2J") + item(1) + bytes(2), "printable"),
