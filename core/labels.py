@@ -72,7 +72,8 @@ class Classes:
         hint = f" Did you mean {' or '.join(map(repr, inside))}?" if inside else nearest_names(word, names)
         if self.number <= FEW_CLASSES:
             return f"{hint} {self.model} knows {', '.join(self.names)}."
-        return f"{hint} {self.model} knows {self.number} classes (label_names, or --list-labels)."
+        where = "`label_names` in Python and --list-labels on the command line give them"
+        return f"{hint} {self.model} knows {self.number} classes; {where}."
 
 
 @cache
