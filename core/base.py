@@ -7,12 +7,14 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from torch import Tensor, nn
 
+from .compact import COMPACT_WEIGHTS
 from .errors import InvalidInput
 from .packed import check_can_apply, check_not_packed
 
@@ -67,6 +69,22 @@ class Model(ModelMixin, ConfigMixin):
         if mode:
             check_not_packed(self)
         return super().train(mode)
+
+    @classmethod
+    @wraps(ModelMixin.from_pretrained.__func__)
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **options) -> Self:
+        # diffusers knows nothing of weights in one byte; what it can be asked for besides does not apply to them.
+        if (Path(pretrained_model_name_or_path) / COMPACT_WEIGHTS).is_file():
+            from .registry import load
+
+            dtype = options.get("torch_dtype") or torch.float32
+            model = load(pretrained_model_name_or_path)
+            if not isinstance(model, cls):
+                raise InvalidInput(
+                    f"{pretrained_model_name_or_path} holds a {type(model).__name__}, not a {cls.__name__}"
+                )
+            return model.cast(dtype)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **options)
 
     @wraps(ModelMixin.save_pretrained)  # pipelines ask for the signature
     def save_pretrained(self, save_directory, *args, **options) -> None:

@@ -256,13 +256,17 @@ def _load_path(path: Path, entry: ModelEntry | None = None):
 
 def _load_folder(folder: Path):
     """A folder in our layout: config.json with `_class_name`, and safetensors weights, which must fit it exactly."""
+    from .compact import COMPACT_WEIGHTS, expand
     from .strict import build
     from .weights import inside, read_state_dict
 
     config = _read_config(folder)
     cls = model_class(str(config.get("_class_name")))
     index = f"{WEIGHTS}.index.json"
-    weights = read_state_dict(inside(folder, index if (folder / index).is_file() else WEIGHTS))
+    if (folder / COMPACT_WEIGHTS).is_file():
+        weights = expand(read_state_dict(inside(folder, COMPACT_WEIGHTS), numbers_only=False))
+    else:
+        weights = read_state_dict(inside(folder, index if (folder / index).is_file() else WEIGHTS))
     model = build(cls, {key: value for key, value in config.items() if not key.startswith("_")}, weights)
     model.name = folder.resolve().name
     return model
