@@ -30,3 +30,19 @@ class Conv2d(nn.Conv2d):
 class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.normalized_shape, widened(self.weight, x), widened(self.bias, x), self.eps)
+
+
+class GroupNorm(nn.GroupNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.group_norm(x, self.num_groups, widened(self.weight, x), widened(self.bias, x), self.eps)
+
+
+class Conv1d(nn.Conv1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, widened(self.weight, x), widened(self.bias, x))
+
+
+class ConvTranspose1d(nn.ConvTranspose1d):
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = widened(self.weight, x), widened(self.bias, x)
+        return F.conv_transpose1d(x, weight, bias, self.stride, self.padding, self.output_padding)
