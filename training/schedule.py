@@ -43,6 +43,7 @@ def make_optimizer(
     """AdamW over the trainable parameters; with `muon`, Muon for the matrices of the blocks.
 
     `is_decayed(name, parameter)` says which are decayed; without it, all but vectors and names of `no_decay`.
+    The matrices are those of blocks, and the kernels of 1-D convolutions over several channels.
     """
     matrices, decayed, plain = [], [], []
     for name, parameter in named_parameters:
@@ -50,31 +51,47 @@ def make_optimizer(
             is_plain = parameter.ndim < 2 or any(part in name for part in no_decay)
             if is_decayed is not None:
                 is_plain = not is_decayed(name, parameter)
-            is_matrix = muon and not is_plain and parameter.ndim == 2 and "block" in name
+            is_matrix = muon and not is_plain and _is_matrix(name, parameter)
             (matrices if is_matrix else plain if is_plain else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=betas, fused=True)
     return MuonAdamW(matrices, adamw, lr, weight_decay) if matrices else adamw
 
 
+def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    is_kernel = parameter.ndim == 3 and min(parameter.shape[:2]) > 1
+    return is_kernel or (parameter.ndim == 2 and "block" in name)
+
+
 class MuonAdamW(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024) over `matrices`, beside the AdamW of everything else, as one optimizer.
 
-    Muon's update is scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982, section 2.2), so that one rate
-    serves both.
+    A kernel [O, I, k] of a convolution counts as the matrix [O, I * k]. Muon's update is scaled to the size of AdamW's
+    (Liu et al. 2025, arXiv 2502.16982, section 2.2), so that one rate serves both.
     """
 
     def __init__(self, matrices: list[nn.Parameter], adamw: torch.optim.AdamW, lr: float, weight_decay: float):
-        muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-        super().__init__([*adamw.param_groups, *muon.param_groups], {})
+        flat = [matrix.detach().flatten(1) for matrix in matrices]  # Muon takes nothing but matrices
+        muon = torch.optim.Muon(flat, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        super().__init__([*adamw.param_groups, {**muon.param_groups[0], "params": matrices}], {})
         self.adamw, self.muon = adamw, muon
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> None:
         # Anew each time: `load_state_dict`, which accelerate calls, puts other objects in the place of both.
-        self.adamw.param_groups, self.muon.param_groups = self.param_groups[:-1], self.param_groups[-1:]
-        self.adamw.state = self.muon.state = self.state
+        self.adamw.param_groups, self.adamw.state = self.param_groups[:-1], self.state
         self.adamw.step(closure)
+        flat, state = [], {}
+        for matrix in self.param_groups[-1]["params"]:
+            if matrix.grad is None:
+                continue
+            own = self.state[matrix]
+            own.setdefault("momentum_buffer", torch.zeros_like(matrix.grad, memory_format=torch.contiguous_format))
+            view = matrix.detach().flatten(1)  # the same memory
+            view.grad = matrix.grad.flatten(1)
+            flat.append(view)
+            state[view] = {"momentum_buffer": own["momentum_buffer"].flatten(1)}
+        self.muon.param_groups, self.muon.state = [{**self.param_groups[-1], "params": flat}], state
         self.muon.step()
 
 
@@ -101,6 +118,13 @@ class WeightAverage:
     def step(self, module: nn.Module) -> None:
         """Account for one update of `module`; frozen parameters are copied."""
         self.ema.step(module.parameters())
+
+    def copy_from(self, module: nn.Module, prefix: str) -> None:
+        """Forget the average of the parameters whose names start with `prefix`: they were set anew."""
+        values = dict(module.named_parameters())
+        for name, shadow in self.state_dict().items():
+            if name.startswith(prefix):
+                shadow.copy_(values[name].detach())
 
     def state_dict(self) -> dict[str, Tensor]:
         return dict(zip(self.names, self.ema.shadow_params, strict=True))

@@ -1,4 +1,4 @@
-"""What a run tells about itself: TensorBoard, a JSONL log with the same numbers, and grids of samples.
+"""What a run tells about itself: TensorBoard, a JSONL log with the same numbers, and samples: pictures, sound, texts.
 
 Shape suffixes: B batch, 3/H/W image.
 """
@@ -14,6 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ..core.audio import Waveform, write_audio
 from ..core.images import to_pil
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,22 @@ class Tracker:
         path = self.folder / "samples" / f"step_{step:08d}.png"
         path.parent.mkdir(exist_ok=True)
         to_pil(grid).save(path)
+
+    def sounds(self, step: int, real: list[Waveform], fake: list[Waveform]) -> None:
+        """Originals and their reconstructions, each in one file, the clips one after another."""
+        folder = self.folder / "samples"
+        folder.mkdir(exist_ok=True)
+        for name, clips in (("original", real), (f"step_{step:08d}", fake)):
+            joined = Waveform(torch.cat([clip.samples for clip in clips], dim=1), clips[0].sample_rate)
+            write_audio(joined, folder / f"{name}.wav")
+            self.writer.add_audio(name.partition("_")[0], joined.samples, step, joined.sample_rate)
+
+    def texts(self, step: int, texts: list[str]) -> None:
+        """What a recogniser writes, each text on its own lines."""
+        folder = self.folder / "samples"
+        folder.mkdir(exist_ok=True)
+        (folder / f"step_{step:08d}.txt").write_text("\n".join(texts), encoding="utf-8")
+        self.writer.add_text("samples", "\n\n".join(texts), step)
 
     def close(self) -> None:
         self.writer.close()

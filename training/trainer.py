@@ -35,6 +35,8 @@ class Trainer(ABC):
     `open_batches`) and how (`train_on`), and what is measured (`validate`, `show_samples`).
     """
 
+    samples_name = "images"  # what a batch holds, for the log
+    exported_part = ""  # the submodule of `raw_model` that the run is for, where others only help to train it
     raw_model: torch.nn.Module
     model: torch.nn.Module  # what accelerate made of `raw_model`
     optimizer: Any
@@ -70,7 +72,7 @@ class Trainer(ABC):
 
     @abstractmethod
     def open_batches(self, first_batch: int) -> Iterator[tuple[Tensor, Any]]:
-        """Endless batches of this process from number `first_batch` on."""
+        """Endless batches of this process from number `first_batch` on; the first tensor has one row a sample."""
 
     @abstractmethod
     def train_on(self, batch: tuple[Tensor, Any], micro: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -90,7 +92,7 @@ class Trainer(ABC):
 
     @abstractmethod
     def show_samples(self, model: torch.nn.Module, tracker: Tracker) -> None:
-        """Put pictures of the averaged `model` into the log."""
+        """Put pictures or sound of the averaged `model` into the log."""
 
     def before_export(self, model: torch.nn.Module) -> None:  # noqa: B027  a hook: most runs change nothing
         """Last changes to the averaged model that is exported."""
@@ -120,7 +122,7 @@ class Trainer(ABC):
                 elapsed = time.perf_counter() - started
                 speed = (self.step - started_at) * batch_of_all * run.gradient_accumulation / elapsed
                 if tracker is not None:
-                    tracker.log(self.step, metrics | {"images_per_second": speed})
+                    tracker.log(self.step, metrics | {f"{self.samples_name}_per_second": speed})
                 if not math.isfinite(metrics["total_loss"]):
                     raise MediatokError(f"the loss became {metrics['total_loss']} at step {self.step}; lower the rate")
             if tracker is not None:
@@ -131,7 +133,7 @@ class Trainer(ABC):
             tracker.close()
             with self.ema.applied_to(self.raw_model) as model:
                 self.before_export(model)
-                export_model(model, self.recipe.output / "model", run.export_dtype)
+                export_model(model.get_submodule(self.exported_part), self.recipe.output / "model", run.export_dtype)
         self.accelerator.wait_for_everyone()
 
     def _step(self, batches: Iterator) -> dict[str, Tensor]:
@@ -164,7 +166,8 @@ class Trainer(ABC):
         if is_due(self.step, run.validate_every, run.steps):
             with self.ema.applied_to(self.raw_model) as model:
                 values = self.validate(model)
-            tracker.log(self.step, values)
+            if values:
+                tracker.log(self.step, values)
         if is_due(self.step, run.sample_every, run.steps):
             with self.ema.applied_to(self.raw_model) as model:
                 self.show_samples(model, tracker)
@@ -184,7 +187,7 @@ class Trainer(ABC):
             "samples_seen": self.samples_seen,
             "ema_steps": self.ema.ema.optimization_step,
             "scaler": None if scaler is None else scaler.state_dict(),
-            "model_config": config_of(self.raw_model),
+            "model_config": config_of(self.raw_model.get_submodule(self.exported_part)),
             "recipe": self.recipe.model_dump(mode="json"),
         }
         return tensors, state
