@@ -46,9 +46,10 @@ bench: $(STAMP)  ## print speed and memory as ratios against the plain formulati
 	$(PY) benchmarks/maskgit.py
 	$(PY) benchmarks/xar.py
 
-data: $(STAMP)  ## fetch fluent-emoji and the EfficientNet-Lite0 features into data/
+data: $(STAMP)  ## fetch fluent-emoji, the EfficientNet-Lite0 features and festvox-ru into data/
 	$(PY) -m mediatok.training.fetch_emoji --out data/fluent-emoji
 	$(PY) -m mediatok.training.fetch_features --out data/efficientnet_lite0.safetensors
+	$(PY) -m mediatok.training.fetch_festvox --out data/festvox-ru
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) demo build *.egg-info

@@ -22,8 +22,7 @@ from ..tokenizers.speech.simcodec import merge_codebooks
 from .build import construct
 from .checkpoint import load_optimizer_tensors, optimizer_tensors
 from .code_revival import CodeRevival, place_codes
-from .codec_recipe import CodecModelRecipe, CodecRecipe
-from .recipe import load_recipe
+from .codec_recipe import CodecModelRecipe, load_codec_recipe
 from .schedule import cosine_lr, make_optimizer, set_lr
 from .speech_data import SpeechFolder, TrainingSpeech, speech_batches, validation_clips
 from .speech_discriminators import STFT_SIZES, SpeechDiscriminator
@@ -258,10 +257,7 @@ def usage_of(ids: Tensor, num_codes: int) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    def read(path, overrides=()):
-        return load_recipe(path, overrides, CodecRecipe)
-
-    return run_from_command_line("mediatok.training.codec", read, CodecTrainer, argv)
+    return run_from_command_line("mediatok.training.codec", load_codec_recipe, CodecTrainer, argv)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from .recipe import Count, Fraction, OptimizerRecipe, Positive, RunRecipe, Section, Weight
+from .recipe import Count, Fraction, OptimizerRecipe, Positive, RunRecipe, Section, Weight, load_recipe
 from .speech_data import SpeechDataRecipe
 from .speech_discriminators import KINDS, Kind
+from .speech_recipe import class_name_of
 
 CODECS = ("SimCodec",)
 
@@ -92,3 +93,13 @@ class CodecRecipe(Section):
                 f"must be below run.steps {self.run.steps}"
             )
         return self
+
+
+def load_codec_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> CodecRecipe:
+    """Read and check the recipe at `path`; see `load_recipe`."""
+    return load_recipe(path, overrides, CodecRecipe)
+
+
+def is_codec_recipe(path: str | Path) -> bool:
+    """Whether the recipe at `path` trains a codec, by its model.class_name."""
+    return class_name_of(path) in CODECS

@@ -27,6 +27,8 @@ def export_model(model: torch.nn.Module, out: str | Path, dtype: str = "float32"
     if dtype not in DTYPES:
         raise InvalidInput(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     model = deepcopy(model)
+    if hasattr(model, "set_weight_norm"):
+        model.set_weight_norm(False)
     # A buffer of training (the running code usage) is of no use to a finished model.
     if model.config.get("clustering"):
         del model.quantize.embed_prob
@@ -52,21 +54,34 @@ def export_run(run: str | Path, out: str | Path, dtype: str | None = None) -> Pa
     Raises:
         InvalidInput: no checkpoint there.
     """
-    from .build import build_model
+    from .build import build_model, construct
+    from .codec_recipe import CODECS, CodecRecipe
     from .generator import build_generator
     from .generator_recipe import GENERATORS, GeneratorRecipe
+    from .speech import trainer_class
+    from .speech_recipe import SCHEMAS
 
     checkpoints = whole_checkpoints(Path(run) / "checkpoints")
     if not checkpoints:
         raise InvalidInput(f"{run} has no whole checkpoint")
     tensors, state = load_checkpoint(checkpoints[-1])
-    if state["recipe"]["model"]["class_name"] in GENERATORS:
+    class_name, part = state["recipe"]["model"]["class_name"], ""
+    if class_name in GENERATORS:
         recipe = check_recipe(state["recipe"], GeneratorRecipe)
         model = build_generator(recipe.model, {}, config=state["model_config"])
+    elif class_name in CODECS:
+        recipe = check_recipe(state["recipe"], CodecRecipe)
+        model = construct(class_name, state["model_config"])
+        model.set_weight_norm(recipe.model.weight_norm)
+    elif class_name in SCHEMAS:
+        recipe, part = check_recipe(state["recipe"], SCHEMAS[class_name]), trainer_class(class_name).exported_part
+        model = construct(class_name, state["model_config"])
     else:
         recipe = check_recipe(state["recipe"])
         model = build_model(recipe.model, config=state["model_config"])
-    model.load_state_dict(tensors["model"] | tensors["ema"])
+    prefix = f"{part}." if part else ""
+    weights = (tensors["model"] | tensors["ema"]).items()
+    model.load_state_dict({name.removeprefix(prefix): value for name, value in weights if name.startswith(prefix)})
     return export_model(model, out, dtype or recipe.run.export_dtype)
 
 

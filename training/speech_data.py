@@ -36,9 +36,9 @@ MAX_SPLITS_BYTES = 64 * 2**20
 class SpeechDataRecipe(Section):
     """Speech to train on, mono at the model's `sample_rate`.
 
-    train, val: folders of audio, searched recursively. Without `val`, the clips of `train` are divided by its
-    `splits.json` ({"train": [file stems], "val": [...], "test": [...]}) where there is one, else by a hash of their
-    names, a tenth for validation.
+    train, val: folders of audio, searched recursively. Without `val`, the clips of `train` are divided by a
+    `splits.json` ({"train": [file stems], "val": [...], "test": [...]}) in it or in a folder within for the clips
+    there; others by a hash of their names, a tenth for validation.
     seconds: length of the random crop of a clip, rounded to whole frames; shorter clips are padded with zeros.
     min_gain: a crop is scaled by a random factor between this and 1; 1 leaves the loudness alone.
     in_memory: keep all clips decoded (None: when they fit `memory_mib`); otherwise only the crop's file is read.
@@ -57,8 +57,8 @@ class SpeechDataRecipe(Section):
 class SpeechFolder:
     """A numbered collection: all clips below a folder, sorted by path.
 
-    split: "train", "val" or "test" of the folder's `splits.json`; without that file "val" is a tenth of the clips by a
-    hash of the file's stem and "train" the rest. None keeps all.
+    split: "train", "val" or "test" by the nearest `splits.json`, in a clip's folder or above, up to `folder`; without
+    one "val" (and "test") is a tenth of the clips by a hash of the file's stem, "train" the rest. None keeps all.
     """
 
     def __init__(self, folder: str | Path, split: str | None = None):
@@ -66,11 +66,8 @@ class SpeechFolder:
             raise InvalidInput(f"{folder} is not a folder of audio; `make data` fetches the recipes' speech")
         self.paths = list_audio(folder)
         if split is not None:
-            names = read_splits(folder)
-            if names is not None:
-                self.paths = [path for path in self.paths if path.stem in names[split]]
-            else:
-                self.paths = [path for path in self.paths if is_held_out(path.stem) == (split != "train")]
+            nearest: dict[Path, dict[str, set[str]] | None] = {Path(folder).parent: None}
+            self.paths = [path for path in self.paths if _is_in(path, split, _splits_of(path.parent, nearest))]
         if not self.paths:
             raise InvalidInput(f"{folder} holds no audio{f' for the {split} split' if split else ''}")
 
@@ -90,6 +87,18 @@ class SpeechFolder:
             except MediatokError:
                 continue
         return total
+
+
+def _splits_of(folder: Path, known: dict[Path, dict[str, set[str]] | None]) -> dict[str, set[str]] | None:
+    """The nearest splits at `folder` or above; `known` has those of the folder where the search ends."""
+    if folder not in known:
+        own = read_splits(folder)
+        known[folder] = _splits_of(folder.parent, known) if own is None else own
+    return known[folder]
+
+
+def _is_in(path: Path, split: str, splits: dict[str, set[str]] | None) -> bool:
+    return is_held_out(path.stem) == (split != "train") if splits is None else path.stem in splits[split]
 
 
 def read_splits(folder: str | Path) -> dict[str, set[str]] | None:

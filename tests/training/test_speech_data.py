@@ -92,6 +92,10 @@ def test_splits_by_hash_and_by_manifest(clips):
     assert [path.stem for path in SpeechFolder(clips, "train").paths] == ["c00", "c05"]
     assert [path.stem for path in SpeechFolder(clips, "test").paths] == ["c01"]
     assert len(SpeechFolder(clips)) == 12
+    (clips / "deep" / "splits.json").write_text(json.dumps({"train": ["c01", "c09"], "val": ["c00"]}))
+    assert [path.stem for path in SpeechFolder(clips, "train").paths] == ["c00", "c01", "c09"]  # the nearest one counts
+    with pytest.raises(InvalidInput, match="val split"):
+        SpeechFolder(clips / "deep", "val")
 
 
 @pytest.mark.parametrize("text", ["[]", '{"train": [1]}', "{", '{"train": 3}'])
