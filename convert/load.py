@@ -13,7 +13,7 @@ from ..core.errors import InvalidCheckpoint, ModelNotFound, nearest_names
 from ..core.registry import ENTRIES, ModelEntry, constructor_arguments, find_entry, model_class
 from ..core.strict import build
 from ..core.weights import WEIGHT_SUFFIXES, inside, read_config, read_state_dict
-from . import kl16_vae, maskgit, one_d_piece, titok, xar
+from . import gense, kl16_vae, maskgit, one_d_piece, paraformer, semantic, simcodec, titok, xar
 
 CONFIG_NAMES = ("config.json", "config.yaml", "config.yml")
 # Where releases keep their weights, best first: hub folders, training outputs (the EMA is what was released).
@@ -32,6 +32,10 @@ SYSTEMS = {
     "maskgit": maskgit.from_official,
     "xar": xar.from_official,
     "kl16_vae": kl16_vae.from_official,
+    "simcodec": simcodec.from_official,
+    "semantic": semantic.from_official,
+    "gense": gense.from_official,
+    "paraformer": paraformer.from_official,
 }
 
 
@@ -63,10 +67,13 @@ def is_official_folder(path: str | Path) -> bool:
     """
     path = Path(path)
     if not path.is_dir():
-        return path.is_file() and _entry_of_file(path.name) is not None
+        return path.is_file() and (_entry_of_file(path.name) is not None or simcodec.is_release(path))
+    if simcodec.is_release(path) or gense.is_folder(path):
+        return True
     config = _find_config(path)
     if config is not None:
-        return isinstance(config.get("model"), Mapping)
+        is_ours = paraformer.is_release(config) or config.get("model_type") in semantic.MODEL_TYPES
+        return is_ours or isinstance(config.get("model"), Mapping)
     return any(_entry_of_file(file.name) for file in path.iterdir() if file.suffix in WEIGHT_SUFFIXES)
 
 
@@ -89,7 +96,13 @@ def load_official(path: str | Path, name: str | None = None) -> nn.Module:
     entry = find_entry(name) if name else None
     if name and entry is None:
         raise ModelNotFound(f"unknown model {name!r}.{nearest_names(name, ENTRIES)}")
+    if gense.is_folder(path):  # with the codec's config.json in it
+        return gense.load_folder(path, name)
+    if simcodec.is_release(path):
+        return simcodec.load_release(path, name)
     config = _find_config(path) if path.is_dir() else None
+    if paraformer.is_release(config):
+        return paraformer.load_folder(path, config, name)
     weights = _find_weights(path, config) if path.is_dir() else path
     entry = entry or _entry_of_file(weights.name)
     state_dict = read_state_dict(weights)
@@ -111,6 +124,8 @@ def load_official(path: str | Path, name: str | None = None) -> nn.Module:
 
 
 def _system_of(config: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> str:
+    if config.get("model_type") in semantic.MODEL_TYPES:
+        return "semantic"
     if any(key.endswith("lm_head.weight") for key in state_dict):
         return "maskgit"
     model = config.get("model")
@@ -125,6 +140,10 @@ def of_entry(entry: ModelEntry, state_dict: Mapping[str, Tensor]) -> nn.Module:
         return xar.from_official({}, state_dict)
     if entry.class_name == "KLAutoencoder":
         return kl16_vae.tokenizer_from_official({}, state_dict)
+    if entry.class_name == "SimCodec":
+        return simcodec.from_arguments(constructor_arguments(entry), state_dict)
+    if entry.class_name == "SemanticTokenizer":
+        return semantic.from_official({}, state_dict)
     if entry.class_name == "MaskGIT":
         return maskgit.from_arguments(constructor_arguments(entry), state_dict)
     return build(model_class(entry.class_name), constructor_arguments(entry), state_dict)
@@ -137,6 +156,9 @@ def _entry_of_weights(state_dict: Mapping[str, Tensor]) -> ModelEntry | None:
     if "z_proj_ln.weight" in state_dict and "class_emb.weight" in state_dict:
         width = state_dict["class_emb.weight"].shape[-1]
         return next((e for name, e in ENTRIES.items() if xar.WIDTHS.get(name) == width), None)
+    if "post_extract_proj.weight" in state_dict:
+        is_wavlm = any(key.endswith(".grep_a") for key in state_dict)
+        return find_entry("semantic-wavlm-large" if is_wavlm else "semantic-xls-r-300m")
     return None
 
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from .base import Model, OnStep, check_callback, report
-from .errors import InvalidInput, LimitExceeded, TokenizerMismatch, nearest_names
+from .companion import Companion, check_companion, load_companion
+from .errors import InvalidInput, LimitExceeded, nearest_names
 from .image_tokenizer import ImageTokenizer, as_list
 from .images import fit_square, read_image, to_pil, to_pixels
 from .labels import MAX_LABELS, Classes, imagenet_names
@@ -65,7 +65,7 @@ class ImageGenerator(Model):
 
     def __init__(self):
         super().__init__()
-        self._tokenizer_box = _TokenizerBox()
+        self._tokenizer_box = Companion()
 
     # What a subclass implements.
 
@@ -236,8 +236,7 @@ class ImageGenerator(Model):
     def tokenizer(self) -> ImageTokenizer:
         """The tokenizer that decodes what this model makes, loaded on first use; it follows this model's device."""
         self.ensure_tokenizer()
-        tokenizer = self._tokenizer_box.tokenizer
-        return tokenizer if tokenizer.device == self.device else tokenizer.to(self.device)
+        return self._tokenizer_box.on(self.device)
 
     def ensure_tokenizer(self) -> None:
         """Load the tokenizer unless there is one.
@@ -247,21 +246,8 @@ class ImageGenerator(Model):
             TokenizerMismatch: it is not the one that this model was trained with.
         """
         if self._tokenizer_box.tokenizer is None:
-            self.use_tokenizer(self._load_tokenizer())
-
-    def _load_tokenizer(self) -> ImageTokenizer:
-        """The tokenizer that the config names: a known model or a local folder, never somebody's repository."""
-        from .registry import find_entry, load
-
-        name = self.config.tokenizer
-        way_out = "give it one with use_tokenizer(mt.load(...))"
-        if name is None:
-            raise InvalidInput(f"{self.name} names no tokenizer; {way_out}")
-        if find_entry(name) is None and not Path(name).is_dir():
-            raise InvalidInput(
-                f"the tokenizer {name!r} of {self.name} is neither a known model nor a folder; {way_out}"
-            )
-        return load(name, dtype="bfloat16" if self.dtype == torch.bfloat16 else "float32")
+            way_out = "give it one with use_tokenizer(mt.load(...))"
+            self.use_tokenizer(load_companion(self, self.config.tokenizer, way_out))
 
     def use_tokenizer(self, tokenizer: ImageTokenizer) -> None:
         """Decode with `tokenizer` from now on.
@@ -271,12 +257,7 @@ class ImageGenerator(Model):
         """
         if not isinstance(tokenizer, ImageTokenizer):
             raise InvalidInput(f"{self.name} needs an image tokenizer, not {type(tokenizer).__name__}")
-        expected = self.config.tokenizer_fingerprint
-        if expected is not None and tokenizer.fingerprint != expected:
-            raise TokenizerMismatch(
-                f"{self.name} was trained with {self.config.tokenizer} (fingerprint {expected}), and {tokenizer.name} "
-                f"({tokenizer.fingerprint}) is another one"
-            )
+        check_companion(self, tokenizer, self.config.tokenizer, self.config.tokenizer_fingerprint)
         self.check_tokenizer(tokenizer)
         self._tokenizer_box.tokenizer = tokenizer
 
@@ -396,16 +377,6 @@ class ImageGenerator(Model):
                 f"a batch of {batch_size} pictures does not fit in the memory of {self.device}; "
                 + (way_out.format(batch_size // 2) if batch_size > 1 else "not even one picture fits")
             ) from None
-
-
-@dataclass
-class _TokenizerBox:
-    """Holds the tokenizer where `state_dict`, `parameters` and `save_pretrained` do not see it."""
-
-    tokenizer: ImageTokenizer | None = None
-
-    def __deepcopy__(self, memo: dict) -> _TokenizerBox:
-        return _TokenizerBox(self.tokenizer)  # a copy of the generator (its averaged weights, say) shares the tokenizer
 
 
 def image_seeds(seed: int | Sequence[int] | Tensor | None, num_images: int) -> list[int]:

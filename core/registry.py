@@ -14,7 +14,8 @@ from .errors import InvalidCheckpoint, InvalidInput, ModelNotFound, nearest_name
 PRETRAINED = Path(__file__).parent.parent / "pretrained"
 DTYPES = ("float32", "bfloat16")
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # as `save_pretrained` names them
-HUB_PATTERNS = ["*.json", "*.yaml", "*.yml", "*.safetensors", "*.bin"]
+HUB_PATTERNS = ["*.json", "*.yaml", "*.yml", "*.safetensors", "*.bin", "*.ckpt", "*.pt", "*.pb", "*.mvn", "tokens.txt"]
+CACHED_FILES = ("model.safetensors", "pytorch_model.bin", "gense.yaml", "am.mvn")  # one of them tells a whole download
 
 # Class name in our config.json -> module below the package.
 CLASSES = {
@@ -24,6 +25,11 @@ CLASSES = {
     "KLAutoencoder": "tokenizers.image.kl_vae",
     "MaskGIT": "generators.maskgit",
     "XAR": "generators.xar",
+    "SemanticTokenizer": "tokenizers.speech.semantic",
+    "SimCodec": "tokenizers.speech.simcodec",
+    "Paraformer": "generators.paraformer",
+    "GenSE": "generators.gense",
+    "Speak": "generators.speak",
 }
 
 
@@ -67,7 +73,7 @@ class ModelEntry:
 
         cached = any(
             isinstance(try_to_load_from_cache(self.hub_id, file), str)
-            for file in ([self.hub_file] if self.hub_file else ["model.safetensors", "pytorch_model.bin"])
+            for file in ([self.hub_file] if self.hub_file else CACHED_FILES)
         )
         return "downloaded" if cached else "needs download"
 
@@ -124,6 +130,61 @@ ENTRIES = {
         ModelEntry(
             "kl16", "KLAutoencoder", "unspecified", 66_456_019, "256 px, continuous 16x16x16 latents (xAR's, of MAR)",
             elsewhere="kl16.ckpt is behind the link in the download script of github.com/LTH14/mar",
+        ),
+        *(
+            ModelEntry(
+                f"simcodec-{rate}hz", "SimCodec", "unspecified", parameters,
+                f"speech at 16 kHz, {rate} tokens a second of 13 bits; widths assumed, as the authors published none",
+                elsewhere="the authors of github.com/yaoxunji/gen-se have not published them with their code",
+                modality="speech",
+            )
+            for rate, parameters in ((50, 66_748_225), (100, 65_240_897))
+        ),
+        *(
+            ModelEntry(
+                f"hifi-codec-{name}", "SimCodec", "unspecified", parameters, f"speech at {kbps} kbps, four codebooks",
+                hub_id="Dongchao/AcademiCodec", hub_file=file, modality="speech",
+            )
+            for name, file, kbps, parameters in (
+                ("16k-320d", "HiFi-Codec-16k-320d", 2, 63_602_497),
+                ("16k-320d-large-universal", "HiFi-Codec-16k-320d-large-universal", 2, 63_602_497),
+                ("24k-320d", "HiFi-Codec-24k-320d", 3, 63_602_497),
+                ("24k-240d", "HiFi-Codec-24k-240d", 4, 63_586_113),
+            )
+        ),
+        ModelEntry(
+            "semantic-wavlm-large", "SemanticTokenizer", "CC-BY-SA-3.0", 89_756_816,
+            "speech, 50 tokens a second: WavLM-Large's first 6 layers; clusters are fitted or come with gense",
+            hub_id="microsoft/wavlm-large", modality="speech",
+        ),
+        ModelEntry(
+            "semantic-xls-r-300m", "SemanticTokenizer", "Apache-2.0", 89_752_064,
+            "speech, 50 tokens a second: XLS-R's first 6 layers; clusters are fitted",
+            hub_id="facebook/wav2vec2-xls-r-300m", modality="speech",
+        ),
+        ModelEntry(
+            "gense", "GenSE", "unspecified", 319_096_832,
+            "speech enhancement at 16 kHz; the authors' files hold its tokenizers, too, and state no licence",
+            hub_id="yaoxunji/gense", kind="generator", modality="speech",
+        ),
+        *(
+            ModelEntry(
+                name, "Paraformer", "FunASR Model License 1.1", parameters, description, hub_id=hub_id,
+                elsewhere=None if hub_id else f"download the folder {folder} from modelscope.cn",
+                kind="generator", modality="speech",
+            )
+            for name, parameters, description, hub_id, folder in (
+                ("paraformer", 220_084_533, "Chinese speech to text, 16 kHz", "funasr/paraformer-zh", ""),
+                (
+                    "paraformer-long", 225_074_998, "Chinese speech to text with time stamps", None,
+                    "iic/speech_paraformer-large-vad-punc_asr_nat-zh-cn-16k-common-vocab8404-pytorch",
+                ),
+                (
+                    "paraformer-zh", 247_339_018, "Chinese speech to text with time stamps and hotwords", None,
+                    "iic/speech_seaco_paraformer_large_asr_nat-zh-cn-16k-common-vocab8404-pytorch",
+                ),
+                ("paraformer-en", 226_731_398, "English speech to text with time stamps", "funasr/paraformer-en", ""),
+            )
         ),
         *(
             ModelEntry(

@@ -22,13 +22,13 @@ from torch import Tensor
 
 from .errors import InvalidCheckpoint, ModelNotFound
 
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pb")
 WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
 MAX_CONFIG_BYTES = 256 * 1024
 MAX_INDEX_BYTES = 16 * 1024 * 1024
 MAX_HEADER_BYTES = 16 * 1024 * 1024  # the largest released checkpoint needs about 0.1 MB
 MAX_CONFIG_DEPTH = 32
-NESTED = ("model_ema", "model", "state_dict")  # where training scripts put the weights, best first
+NESTED = ("model_ema", "model", "state_dict", "model_state_dict")  # where training scripts put the weights, best first
 NUMBER_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32)
 
 # Keys by which loaders of other libraries build what a file names (hydra, jsonargparse, transformers, diffusers,
@@ -62,7 +62,8 @@ def _read_weight_file(path: Path) -> dict[str, Tensor]:
     _regular_file(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    if path.suffix in PICKLE_SUFFIXES:
+    # Some releases name their files without an ending.
+    if path.suffix in PICKLE_SUFFIXES or (not path.suffix and zipfile.is_zipfile(path)):
         return _read_pickle(path)
     raise InvalidCheckpoint(f"{path} is no weight file; known endings are {', '.join(WEIGHT_SUFFIXES)}")
 
@@ -100,6 +101,8 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     if not isinstance(loaded, dict):
         raise InvalidCheckpoint(f"{path} holds a {type(loaded).__name__}, not a dict of tensors")
     loaded = next((loaded[key] for key in NESTED if isinstance(loaded.get(key), dict)), loaded)
+    if all(isinstance(part, dict) for part in loaded.values()):  # one state dict for each part of a model
+        loaded = {f"{part}.{key}": value for part, values in loaded.items() for key, value in values.items()}
     return {_tensor_name(path, key): _plain_tensor(path, key, value) for key, value in loaded.items()}
 
 

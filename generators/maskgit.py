@@ -21,8 +21,11 @@ from torch import Tensor, nn
 
 from ..core.errors import InvalidInput, TokenizerMismatch
 from ..core.generator import GeneratorOutput, ImageGenerator, check_flag, check_number, check_steps
+from ..core.labels import check_class_names
+from ..core.sizes import MAX_DEPTH, check_sizes
 from ..kernels.linear import pack_for_inference
 from ..nn.layers import Linear
+from ..nn.modes import in_evaluation_mode
 from .maskgit_networks import UViT, ViT, init_weights, take
 from .maskgit_sampling import DECAYS, GumbelNoise, MaskGITSettings, Step, first_places, plan_steps
 
@@ -66,6 +69,12 @@ class MaskGIT(ImageGenerator):
         super().__init__()
         if network not in ("vit", "uvit"):
             raise InvalidInput(f"network must be 'vit' or 'uvit', not {network!r}")
+        check_sizes(
+            hidden_size=hidden_size, num_attention_heads=num_attention_heads, intermediate_size=intermediate_size,
+            codebook_size=codebook_size, num_tokens=num_tokens, num_classes=num_classes,
+        )  # fmt: skip
+        check_sizes(MAX_DEPTH, num_hidden_layers=num_hidden_layers)
+        check_class_names(label_names, num_classes)
         if hidden_size % num_attention_heads:
             raise InvalidInput(f"hidden_size {hidden_size} is not divisible by {num_attention_heads} heads")
         num_ids = codebook_size + num_classes + 2
@@ -205,7 +214,7 @@ class MaskGIT(ImageGenerator):
         """
         config = self.config
         decay = config.guidance_decay if guidance_decay is None else guidance_decay
-        if decay not in DECAYS:
+        if not isinstance(decay, str) or decay not in DECAYS:
             raise InvalidInput(f"guidance_decay={decay!r} must be one of {', '.join(DECAYS)}")
         power = config.guidance_scale_pow if guidance_pow is None else guidance_pow
         temperature = config.randomize_temperature if temperature is None else temperature
@@ -220,6 +229,7 @@ class MaskGIT(ImageGenerator):
         )
 
     @torch.inference_mode()
+    @in_evaluation_mode
     def generate_ids(
         self,
         labels_B: Tensor,

@@ -23,9 +23,13 @@ from torch import Tensor, nn
 
 from ..core.errors import InvalidInput, TokenizerMismatch
 from ..core.generator import GeneratorOutput, ImageGenerator, check_number, check_steps
+from ..core.labels import check_class_names
+from ..core.sizes import MAX_DEPTH, check_sizes
 from ..kernels.linear import pack_for_inference
+from ..nn.kv_cache import KeyValueCache
+from ..nn.modes import in_evaluation_mode
 from .xar_layout import Layout
-from .xar_network import NUM_MODULATIONS, KeyValueCache, XARTransformer
+from .xar_network import NUM_MODULATIONS, XARTransformer
 
 SAMPLERS = ("sde", "ode")
 LAST_SDE_TIME = 0.04  # the stochastic steps end here; one deterministic step leads to 0
@@ -114,10 +118,11 @@ class XAR(ImageGenerator):
         sampler: str = "sde",
     ):
         super().__init__()
+        check_sizes(embed_dim=embed_dim, num_heads=num_heads, latent_channels=latent_channels, num_classes=num_classes)
+        check_sizes(MAX_DEPTH, encoder_depth=encoder_depth, decoder_depth=decoder_depth)
+        check_class_names(label_names, num_classes)
         if embed_dim % num_heads:
             raise InvalidInput(f"embed_dim {embed_dim} is not divisible by {num_heads} heads")
-        if min(encoder_depth, decoder_depth) < 1:
-            raise InvalidInput(f"both stacks need a block, not {encoder_depth} and {decoder_depth}")
         with torch.device("cpu"):  # loading builds models on the meta device, and what follows comes from no file
             self.entities = Layout.make(layout, grid, layout_size)
             rotary, visible = self.entities.rotary(embed_dim // num_heads), self.entities.visible()
@@ -195,7 +200,7 @@ class XAR(ImageGenerator):
             InvalidInput: a value out of its range or of another type.
         """
         sampler = self.config.sampler if sampler is None else sampler
-        if sampler not in SAMPLERS:
+        if not isinstance(sampler, str) or sampler not in SAMPLERS:
             raise InvalidInput(f"sampler={sampler!r} must be one of {', '.join(SAMPLERS)}")
         steps = self.config.num_steps if steps is None else steps
         first, last = steps if isinstance(steps, (tuple, list)) and len(steps) == 2 else (steps, steps)
@@ -205,6 +210,7 @@ class XAR(ImageGenerator):
         return XARSettings(tuple(round(number) for number in ramp), guidance, sampler)
 
     @torch.inference_mode()
+    @in_evaluation_mode
     def generate_latents(
         self,
         labels_B: Tensor,
@@ -271,8 +277,8 @@ class XAR(ImageGenerator):
         shape = [self.config.latent_channels, self.config.grid, self.config.grid]
         if list(latents_BCGG.shape[1:]) != shape or not latents_BCGG.is_floating_point():
             raise InvalidInput(f"{self.name} edits latents [B, {shape}], got {content.dtype} {list(content.shape)}")
-        if not bool(latents_BCGG.isfinite().all()):
-            raise InvalidInput("latents to edit must be finite")
+        if not bool(latents_BCGG.float().isfinite().all()):
+            raise InvalidInput("latents to edit must be finite in fp32")
         return latents_BCGG
 
     def check_tokenizer(self, tokenizer) -> None:

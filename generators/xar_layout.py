@@ -6,6 +6,7 @@ Shape suffixes: B batch, C channels, G grid side, T tokens of the sequence, E en
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,10 @@ from einops import rearrange
 from torch import Tensor
 
 from ..core.errors import InvalidInput
+from ..core.sizes import check_sizes
 
+MAX_GRID = 128
+MAX_TOKENS = MAX_GRID**2  # of a sequence: what each may see is written out as [T, T]
 KINDS = ("patch", "cell", "subsample", "scale", "image")
 ROTARY_BASE = 10000.0
 
@@ -45,9 +49,10 @@ class Layout:
             image       all tokens at once
 
         Raises:
-            InvalidInput: unknown kind, or a size that does not divide the grid.
+            InvalidInput: unknown kind, a size that does not divide the grid, or too many tokens.
         """
-        if kind not in KINDS:
+        check_sizes(MAX_GRID, grid=grid)
+        if not isinstance(kind, str) or kind not in KINDS:
             raise InvalidInput(f"layout must be one of {', '.join(KINDS)}, not {kind!r}")
         if kind == "scale":
             return cls._scales(grid, tuple(size) if isinstance(size, (tuple, list)) else ())
@@ -66,8 +71,11 @@ class Layout:
 
     @classmethod
     def _scales(cls, grid: int, sides: tuple[int, ...]) -> Layout:
-        if not sides or sides[-1] != grid or any(a >= b for a, b in zip((0, *sides), sides, strict=False)):
+        is_whole = all(isinstance(side, int) for side in sides)
+        if not is_whole or sides[-1:] != (grid,) or any(a >= b for a, b in pairwise((0, *sides))):
             raise InvalidInput(f"layout 'scale' needs growing sides that end in the grid {grid}, not {sides}")
+        if sum(side * side for side in sides) > MAX_TOKENS:
+            raise InvalidInput(f"layout 'scale' makes sequences of at most {MAX_TOKENS} tokens; {sides} are more")
         coordinates = [torch.cartesian_prod(torch.arange(s), torch.arange(s)) * (grid / s) for s in sides]
         return cls(grid, tuple(s * s for s in sides), torch.cat(coordinates).float(), sides=sides)
 

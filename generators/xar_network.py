@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..kernels.attention import attention
 from ..kernels.precision import compute_dtype
+from ..nn.kv_cache import KeyValueCache
 from ..nn.layers import Linear, widened
 
 EPS = 1e-6
@@ -22,32 +23,10 @@ TIME_FEATURES = 256
 NUM_MODULATIONS = 6  # gate, gate, scale, scale, shift, shift; the first of each pair is attention's
 
 
-class KeyValueCache:
-    """Keys and values of the finished entities of one run: preallocated, and no part of the model.
-
-    `keys` and `values` are [depth, R, H, T, K] with dtype and device of `like`; their first `length` tokens are filled.
-    """
-
-    def __init__(self, depth: int, rows: int, heads: int, tokens: int, head_width: int, like: Tensor):
-        self.keys = like.new_empty(depth, rows, heads, tokens, head_width)
-        self.values = torch.empty_like(self.keys)
-        self.length = 0  # tokens of finished entities
-
-    def extend(self, layer: int, k_RHLK: Tensor, v_RHLK: Tensor) -> tuple[Tensor, Tensor]:
-        """Put a call's keys and values [R, H, L, K] behind the finished ones of block `layer`.
-
-        Returns all that the call may see, [R, H, length + L, K]. `length` stays: it grows when an entity is finished.
-        """
-        rows, end = len(k_RHLK), self.length + k_RHLK.shape[2]
-        self.keys[layer, :rows, :, self.length : end] = k_RHLK
-        self.values[layer, :rows, :, self.length : end] = v_RHLK
-        return self.keys[layer, :rows, :, :end], self.values[layer, :rows, :, :end]
-
-
 def rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
-    """x / rms(x), with the mean taken in fp32, times `weight` if there is one."""
+    """x / rms(x), with the mean taken in fp32 (fp64 for fp64), times `weight` if there is one."""
     if x.device.type == "cpu":  # one pass over x, where F.rms_norm makes five
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
         normed = x * torch.rsqrt(norm.square() / x.shape[-1] + EPS).to(x.dtype)
     else:
         normed = F.rms_norm(x.float(), x.shape[-1:], eps=EPS).to(x.dtype)

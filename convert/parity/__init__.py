@@ -35,8 +35,23 @@ KINDS = {
     ("xar", "training_loss"): ("xar", "replay_training"),
     ("xar", "sampling"): ("xar", "replay_sampling"),
     ("xar", "sampling_full_size"): ("xar", "replay_full_size"),
+    ("paraformer", "frontend"): ("paraformer", "replay_frontend"),
+    ("paraformer", "encoder"): ("paraformer", "replay_encoder"),
+    ("paraformer", "decoder"): ("paraformer", "replay_decoder"),
+    ("paraformer", "losses"): ("paraformer", "replay_losses"),
+    ("paraformer", "specaug"): ("paraformer", "replay_specaug"),
+    ("paraformer", "timestamps"): ("paraformer", "replay_timestamps"),
+    ("paraformer", "cif"): ("paraformer_cif", "replay_cif"),
+    ("paraformer", "predictor"): ("paraformer_cif", "replay_predictor"),
+    ("paraformer", "train"): ("paraformer_models", "replay_training"),
+    ("paraformer", "recognize"): ("paraformer_models", "replay_recognize"),
+    ("paraformer", "seaco"): ("paraformer_models", "replay_seaco"),
+    ("simcodec", "codec"): ("simcodec", "replay_codec"),
     ("kl16_vae", "autoencoder"): ("kl16_vae", "replay_autoencoder"),
     ("kl16_vae", "autoencoder_full_size"): ("kl16_vae", "replay_autoencoder"),
+    ("gense", "lm_forward"): ("gense", "replay_language_models"),
+    ("gense", "wavlm"): ("gense", "replay_wavlm"),
+    ("gense", "pipeline"): ("gense", "replay_pipeline"),
 }
 
 

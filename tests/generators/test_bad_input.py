@@ -1,6 +1,9 @@
 """What a user can get wrong, with both generators: one clear error each, and the way out."""
 
+import json
+
 import mediatok as mt
+import numpy as np
 import pytest
 import torch
 from mediatok.core import generator as base
@@ -56,8 +59,30 @@ def test_other_options_are_checked(make_small):
         make_small("maskgit").generate(0, guidance_decay="cosine")
     with pytest.raises(mt.InvalidInput, match="sampler='euler' must be one of"):
         make_small("xar").generate(0, sampler="euler")
+    for words in (["ode"], np.array(["ode", "sde"]), torch.zeros(2)):
+        with pytest.raises(mt.InvalidInput, match=r"sampler=.* must be one of"):
+            make_small("xar").generate(0, sampler=words)
+        with pytest.raises(mt.InvalidInput, match=r"guidance_decay=.* must be one of"):
+            make_small("maskgit").generate(0, guidance_decay=words)
     with pytest.raises(mt.InvalidInput, match="no option 'temperature'"):
         make_small("xar").generate(0, temperature=1)
+
+
+def test_configs_of_strangers(gen, tmp_path):
+    """A wrong config is told as such, before it costs memory, and not by what breaks later."""
+    gen.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    right = json.loads(path.read_text())
+    sizes = [name for name in right if name.startswith(("num_", "grid", "codebook", "embed")) or "depth" in name]
+    assert len(sizes) >= 6
+    wrong = [(name, value) for name in sizes if name != "num_steps" for value in (0, -3, 2.0, True, None, 10**9)]
+    wrong += [("label_names", names) for names in (5, "abc", None, ["a"], list("abcde"), [1, 2, 3])]
+    if "grid" in right:
+        wrong += [("layout", value) for value in ([1], {}, "ring")]
+    for name, value in wrong:
+        path.write_text(json.dumps(right | {name: value}))
+        with pytest.raises(mt.InvalidCheckpoint):
+            mt.load(tmp_path)
 
 
 def test_a_batch_that_does_not_fit(gen, monkeypatch):
@@ -84,8 +109,9 @@ def test_content_that_is_not_this_model_s(gen):
         with pytest.raises(mt.InvalidInput):
             gen.sample(0, start=wrong, keep=[0])
     if content.is_floating_point():
-        with pytest.raises(mt.InvalidInput):
-            gen.sample(0, start=content * NAN, keep=[0])
+        for wrong in (content * NAN, torch.full_like(content.double(), 1e300)):
+            with pytest.raises(mt.InvalidInput, match="must be finite"):
+                gen.sample(0, start=wrong, keep=[0])
     with pytest.raises(mt.InvalidInput, match="unit"):
         gen.sample(0, start=content, keep=[gen.num_units])
     everything = gen.sample(0, start=content, keep=range(gen.num_units)).content

@@ -19,7 +19,9 @@ DECAYS = ("constant", "linear", "power-cosine")
 def model(network="uvit", **changes):
     torch.manual_seed(0)
     generator = MaskGIT(network=network, **SIZES, **changes).eval()
-    torch.nn.init.normal_(generator.lm_head.weight)  # so that logits differ enough to matter
+    for parameter in generator.parameters():  # with the weights that training begins with only the noise decides
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.5)
     return generator
 
 
@@ -116,7 +118,11 @@ def test_the_skipped_work_changes_nothing(network, decay, steps):
 def test_schedules():
     how = settings(steps=4, guidance=6.0)
     assert [how.guidance_weight(step) for step in range(4)] == [0, 1.5, 3, 4.5]
-    assert settings(steps=4, guidance=6.0, decay="power-cosine").guidance_weight(0) == 0
+    rising = settings(steps=2, guidance=7.0, decay="power-cosine")
+    assert rising.guidance_weight(0) == 0
+    assert rising.guidance_weight(1) == pytest.approx(3 * (1 - math.cos(math.pi / 8)))
+    assert [how.logit_divisor(step) for step in (0, 3)] == pytest.approx([1.1, 0.5])
+    assert settings(annealing=False).logit_divisor(0) == 1
     assert [how.noise_temperature(step) for step in range(4)] == [1.5, 1.0, 0.5, 0.0]
     counts = settings(steps=8).masked_counts(32)
     assert counts[0] == 32
@@ -187,7 +193,7 @@ def test_the_compiled_network_gives_the_same_ids():
 
 
 def test_what_cannot_be_is_said():
-    for bad in ({"network": "gpt"}, {"num_attention_heads": 5}):
+    for bad in ({"network": "gpt"}, {"num_attention_heads": 5}, {"num_hidden_layers": 0}, {"label_names": ("a",)}):
         with pytest.raises(InvalidInput):
             MaskGIT(**(SIZES | bad))
     generator = model()

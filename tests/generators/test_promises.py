@@ -1,5 +1,7 @@
 """What `sample` promises whatever the model: batches, edits, callbacks, failures and threads."""
 
+import copy
+import pickle
 import threading
 
 import mediatok as mt
@@ -39,6 +41,23 @@ def test_an_edit_does_not_depend_on_what_others_keep(gen):
     keep[0, 1:], keep[1, ::2] = True, True
     both = gen.sample([1, 2], seed=[5, 6], start=start, keep=keep)
     close(both.content[1], gen.sample(2, seed=6, start=start.content[1:], keep=keep[1]).content[0])
+
+
+def test_label_and_guidance_decide(gen):
+    """Else the tests above could not tell one label's picture from another's."""
+    plain = gen.sample(0, seed=7).content
+    assert not torch.equal(gen.sample(1, seed=7).content, plain)
+    assert not torch.equal(gen.sample(0, seed=7, guidance=9.0).content, plain)
+
+
+def test_a_seed_decides_also_amid_training(gen):
+    expected = gen.sample([0, 1], seed=3).content
+    gen.train()
+    frozen = gen.transformer.blocks[0].eval()
+    assert torch.equal(gen.sample([0, 1], seed=3).content, expected)
+    with pytest.raises(ValueError, match="theirs"):
+        gen.sample(0, on_step=lambda *step, preview=None: (_ for _ in ()).throw(ValueError("theirs")))
+    assert {module for module in gen.modules() if not module.training} == set(frozen.modules())
 
 
 def test_steps_are_counted_over_all_batches(gen):
@@ -106,7 +125,7 @@ def test_packed_weights_make_the_same_pictures_and_cannot_be_saved(gen, tmp_path
     kept = {name: value.clone() for name, value in gen.named_parameters()}
     for refused in (
         lambda: gen.save_pretrained(tmp_path / "packed"), gen.train, gen.state_dict, lambda: gen.to("meta"),
-        lambda: gen.to(torch.bfloat16), gen.half, lambda: gen.cast(torch.bfloat16),
+        lambda: gen.to(torch.bfloat16), gen.half, lambda: gen.cast(torch.bfloat16), lambda: pickle.dumps(gen),
     ):  # fmt: skip
         with pytest.raises(mt.MediatokError, match="load the model again"):
             refused()
@@ -115,4 +134,5 @@ def test_packed_weights_make_the_same_pictures_and_cannot_be_saved(gen, tmp_path
     assert not any(module.training for module in gen.modules())
     assert all(torch.equal(value, kept[name]) for name, value in gen.named_parameters())
     assert torch.equal(gen.sample([0, 1], seed=3, steps=3).content, after)
+    assert torch.equal(copy.deepcopy(gen).sample([0, 1], seed=3, steps=3).content, after)
     gen.to("cpu").float().eval()  # changes nothing

@@ -53,11 +53,26 @@ def test_cells_and_subsamples_are_what_they_are_called():
 
 
 @pytest.mark.parametrize(
-    ("kind", "size"), [("cell", 3), ("cell", 0), ("scale", (1, 2)), ("scale", (2, 2, 4)), ("ring", 1)]
+    ("kind", "size"),
+    [
+        ("cell", 3),
+        ("cell", 0),
+        ("scale", (1, 2)),
+        ("scale", (2, 2, 4)),
+        ("scale", (1.5, 4)),
+        ("scale", ()),
+        ("ring", 1),
+    ],
 )
 def test_impossible_layouts(kind, size):
     with pytest.raises(InvalidInput):
         Layout.make(kind, 4, size)
+
+
+def test_layouts_that_are_too_large():
+    for kind, grid, size in (("patch", 10**6, None), ("cell", 129, 1), ("scale", 128, (64, 128))):
+        with pytest.raises(InvalidInput, match="128"):
+            Layout.make(kind, grid, size)
 
 
 @pytest.mark.parametrize(("kind", "size"), LAYOUTS)
@@ -150,6 +165,12 @@ def test_guidance_grows_with_the_entities():
     assert model("image", None).settings(2, 4.0).guidance_of(0) == 4
 
 
+def test_times_end_at_the_data():
+    assert model().settings(3).times(0) == pytest.approx([1, 0.52, 0.04, 0])
+    assert model().settings(1).times(0) == [1, 0]
+    assert model().settings(2, sampler="ode").times(0) == [1, 0.5, 0]
+
+
 def test_two_runs_at_once_do_not_meet():
     """The cache is the run's, not the model's: a run within a run changes neither."""
     generator = model()
@@ -179,6 +200,15 @@ def test_save_and_load(tmp_path):
     made = half.generate_latents(label, settings, rngs(0))
     assert made.dtype == torch.float32
     assert (made - generator.generate_latents(label, settings, rngs(0))).abs().mean() < 0.1
+
+
+def test_fp64_is_close():
+    generator, labels = model(), torch.tensor([1])
+    settings = generator.settings(2, 2.0)
+    expected = generator.generate_latents(labels, settings, rngs(0))
+    torch.testing.assert_close(
+        generator.double().generate_latents(labels, settings, rngs(0)), expected, atol=1e-5, rtol=1e-4
+    )
 
 
 def test_the_compiled_network_gives_the_same():

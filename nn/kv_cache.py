@@ -1,0 +1,30 @@
+"""Keys and values of what a transformer has read, so that each token is computed once."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class KeyValueCache:
+    """Keys and values of the finished tokens of one run: preallocated, and no part of the model.
+
+    `keys` and `values` are [depth, R, H, T, K] (R rows, H heads, T tokens, K head width) with dtype and device of
+    `like`; their first `length` tokens are filled.
+    """
+
+    def __init__(self, depth: int, rows: int, heads: int, tokens: int, head_width: int, like: Tensor):
+        self.keys = like.new_empty(depth, rows, heads, tokens, head_width)
+        self.values = torch.empty_like(self.keys)
+        self.length = 0  # finished tokens
+
+    def extend(self, layer: int, k_RHLK: Tensor, v_RHLK: Tensor) -> tuple[Tensor, Tensor]:
+        """Put a call's keys and values [R, H, L, K] behind the finished ones of block `layer`.
+
+        Returns all that the call may see, [R, H, length + L, K]. `length` stays: it grows when the call's tokens are
+        finished.
+        """
+        rows, end = len(k_RHLK), self.length + k_RHLK.shape[2]
+        self.keys[layer, :rows, :, self.length : end] = k_RHLK
+        self.values[layer, :rows, :, self.length : end] = v_RHLK
+        return self.keys[layer, :rows, :, :end], self.values[layer, :rows, :, :end]
