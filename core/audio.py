@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .audio_header import AudioHeader, check_rate_and_channels, read_header
-from .errors import InvalidInput, LimitExceeded
+from .errors import InvalidInput, LimitExceeded, MediatokError
 from .files import atomic_write, shown
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".opus")
@@ -234,12 +234,16 @@ def write_blocks(blocks_CT: Iterable[Tensor], sample_rate: int, path: str | Path
         raise InvalidInput(f"{shown(path)}: audio is written as {', '.join(WRITERS)}")
     blocks_CT = iter(blocks_CT)
     first = next(blocks_CT)
-    with (
-        atomic_write(path) as temporary,
-        soundfile.SoundFile(temporary, "w", sample_rate, first.shape[0], **WRITERS[suffix]) as file,
-    ):
-        for block_CT in itertools.chain([first], blocks_CT):
-            file.write(block_CT.clamp(-1, 1).T.contiguous().numpy())
+    try:
+        with (
+            atomic_write(path) as temporary,
+            soundfile.SoundFile(temporary, "w", sample_rate, first.shape[0], **WRITERS[suffix]) as file,
+        ):
+            for block_CT in itertools.chain([first], blocks_CT):
+                file.write(block_CT.clamp(-1, 1).T.contiguous().numpy())
+    except soundfile.LibsndfileError as error:  # a full disk, a folder that nobody may write to
+        reason = f"{error.error_string.rstrip('.')} (is the disk full, or the folder protected?)"
+        raise MediatokError(f"{shown(path)} could not be written: {reason}") from error
 
 
 def list_audio(sources: str | Path | Iterable[str | Path]) -> list[Path]:

@@ -76,6 +76,14 @@ class Classes:
         return f"{hint} {self.model} knows {self.number} classes; {where}."
 
 
+def check_class_names(names: Any, number: int) -> None:
+    """Raise InvalidInput unless a config's `names` are none, or one text for each of `number` classes."""
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise InvalidInput("label_names must be a list of texts, one for each class")
+    if len(names) not in (0, number):
+        raise InvalidInput(f"label_names holds {len(names)} names for {number} classes; give each class one, or none")
+
+
 @cache
 def imagenet_names() -> tuple[str, ...]:
     """The names of ImageNet's 1000 classes, in the order of their numbers."""

@@ -30,6 +30,12 @@ class PackedLayer(nn.Module):
     def _save_to_state_dict(self, *args) -> None:
         raise InvalidInput(WAY_OUT)
 
+    def __reduce_ex__(self, protocol) -> tuple:  # pickling, as torch.save does it
+        raise InvalidInput(WAY_OUT)
+
+    def __deepcopy__(self, memo: dict) -> PackedLayer:
+        return self  # it never changes, so a copy of the model can use it, too
+
     def train(self, mode: bool = True):
         if mode:
             raise InvalidInput(WAY_OUT)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..core.base import OnStep
 from ..core.errors import InvalidInput
 from ..core.files import read_limited
-from ..core.generator import ImageGenerator
+from ..core.generator import ImageGenerator, image_seeds
 from ..core.images import fit_square, list_images, read_image, to_pixels
 from .metrics import LITE0_COMPONENTS, find_lite0_weights, frechet_distance, load_lite0
 
@@ -90,33 +90,23 @@ def evaluate_generator(
         train, val: folders of the pictures that the model was trained on, and of held-out ones.
         labels: JSON file {file stem: {label_field: class name}}; without it, folder names are classes.
         num_images: pictures to make; twice as many training pictures are needed.
-        options: steps, guidance and the rest of `generate`.
+        options: steps, guidance and the others of the model's `settings`.
 
     Raises:
-        InvalidInput: too few pictures, or labels that the model does not know.
+        InvalidInput: too few pictures, labels that the model does not know, options that it lacks.
     """
-    weights = lite0_weights or find_lite0_weights()
-    if weights is None:
-        raise InvalidInput("EfficientNet-Lite0's weights are not at hand: run `make data`, or pass lite0_weights=")
-    network = load_lite0(weights)
+    settings = generator.checked_settings(**options)
+    network = _network(lite0_weights)
     train_paths, val_paths = list_images(Path(train)), list_images(Path(val))
-    if num_images < SMALLEST_SET or 2 * num_images > len(train_paths):
-        raise InvalidInput(
-            f"num_images={num_images} must be from {SMALLEST_SET} to half the {len(train_paths)} training pictures"
-        )
+    first, second = _two_sets(len(train_paths), num_images, seed)
     side = generator.tokenizer.image_size
-    order = np.random.default_rng(seed).permutation(len(train_paths))
-    wanted = class_names([train_paths[index] for index in order[num_images : 2 * num_images]], labels, label_field)
-    settings = generator.settings(
-        **{name: options[name] for name in options if name not in ("start", "keep", "previews")}
-    )
+    wanted = class_names([train_paths[index] for index in second], labels, label_field)
     images = generator.generate(wanted, seed=seed, batch_size=batch_size, on_step=on_step, **options)
     made = torch.stack([to_pixels(image) for image in images])
     real, heldout = _read(train_paths, side), _read(val_paths, side)
     features = {name: _features(network.run, pixels) for name, pixels in
                 {"made": made, "train": real, "heldout": heldout}.items()}  # fmt: skip
-    first, second = (features["train"][part] for part in (order[:num_images], order[num_images : 2 * num_images]))
-    fd, floor = _distances(features["made"], first, second)
+    fd, floor = _distances(features["made"], features["train"][first], features["train"][second])
     near, near_heldout = (_nearest_cosine(features[name], features["train"]) for name in ("made", "heldout"))
     threshold = np.percentile(near_heldout, COPY_PERCENTILE)
     return GenerationReport(
@@ -133,6 +123,25 @@ def evaluate_generator(
         copied_share=float((near < threshold).mean()),
         network_sha256=network.sha256,
     )
+
+
+def _network(weights: str | Path | None):
+    """EfficientNet-Lite0 with `weights`, or with those that are at hand."""
+    weights = weights or find_lite0_weights()
+    if weights is None:
+        raise InvalidInput("EfficientNet-Lite0's weights are not at hand: run `make data`, or pass lite0_weights=")
+    return load_lite0(weights)
+
+
+def _two_sets(num_real: int, num_images: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of `num_images` of the real pictures, and of as many others, drawn with `seed`."""
+    if not isinstance(num_images, int) or not SMALLEST_SET <= num_images <= num_real // 2:
+        raise InvalidInput(
+            f"num_images={num_images} must be from {SMALLEST_SET} to half the {num_real} training pictures"
+        )
+    image_seeds(seed, num_images)  # a wrong one is told before the work
+    order = np.random.default_rng(seed).permutation(num_real)
+    return order[:num_images], order[num_images : 2 * num_images]
 
 
 def class_names(paths: Sequence[Path], labels: str | Path | None, field: str) -> list[str | None]:

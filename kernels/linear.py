@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ..core.packed import PackedLayer
 from .precision import compute_dtype
@@ -23,7 +24,10 @@ def can_pack() -> bool:
 def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
     """x [..., K] W^T + b as [..., N]; by oneDNN where nothing asks for a gradient and all is fp32 on the CPU."""
     is_fp32 = x.dtype == weight_NK.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    wants_gradient = torch.is_grad_enabled() and (x.requires_grad or weight_NK.requires_grad)
+    inputs = (x, weight_NK) if bias_N is None else (x, weight_NK, bias_N)
+    wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    # Forward-mode derivatives (torch.func.jvp) would be lost without a word. A torch without the name is not trusted.
+    wants_gradient = wants_gradient or getattr(forward_ad, "_current_level", 0) >= 0
     is_here = x.device.type == "cpu" and x.numel() > 0
     if not (is_here and is_fp32 and can_pack()) or wants_gradient or torch.compiler.is_compiling():
         return F.linear(x, weight_NK, bias_N)

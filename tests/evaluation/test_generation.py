@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from mediatok.core.errors import InvalidInput
+from mediatok.core.generator import ImageGenerator
 from mediatok.core.images import read_image
 from mediatok.evaluation import generation
 from mediatok.evaluation.generation import evaluate_generator
@@ -23,8 +24,11 @@ class Fake:
     def __init__(self, make):
         self.make, self.labels = make, None
 
-    def settings(self, **options):
-        return options
+    def checked_settings(self, **options):
+        return ImageGenerator.checked_settings(self, **options)
+
+    def settings(self, steps=None, guidance=None):
+        return {"steps": steps, "guidance": guidance}
 
     def generate(self, labels, seed, batch_size, on_step, **options):
         self.labels = labels
@@ -68,7 +72,16 @@ def test_grey_pictures_are_far(folders):
     assert '"copied_share"' in result.to_json()
 
 
-@pytest.mark.parametrize("num_images", [10, 76])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"stpes": 3}, "Did you mean 'steps'"), ({"start": 1}, "no option"), ({"seed": -1}, "seeds are")],
+)
+def test_wrong_options_are_told_before_the_work(folders, options, words):
+    with pytest.raises(InvalidInput, match=words):
+        report(folders, None, **options)
+
+
+@pytest.mark.parametrize("num_images", [10, 76, 66.5])
 def test_too_few_pictures(folders, num_images):
     with pytest.raises(InvalidInput, match="num_images"):
         report(folders, None, num_images=num_images)

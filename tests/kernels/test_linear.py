@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from mediatok.core.errors import InvalidInput
 from mediatok.generators.maskgit import MaskGIT
 from mediatok.generators.xar import XAR
@@ -27,6 +28,24 @@ def test_products_agree(shape, bias):
         torch.testing.assert_close(PackedLinear(linear)(x), linear(x), rtol=1e-5, atol=1e-5)
         transposed = x.transpose(0, -2)  # not contiguous
         torch.testing.assert_close(PackedLinear(linear)(transposed), linear(transposed), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_no_derivative_is_lost(part):
+    """Of x, weight or bias, where that alone is differentiated, backwards and forwards."""
+    torch.manual_seed(0)
+    given = [torch.randn(2, 4), torch.randn(3, 4), torch.randn(3)]
+    direction = torch.randn_like(given[part])
+
+    def derivatives(function):
+        def of_part(value):
+            return function(*given[:part], value, *given[part + 1 :])
+
+        wanted = given[part].clone().requires_grad_()
+        of_part(wanted).square().sum().backward()
+        return wanted.grad, torch.func.jvp(of_part, (given[part],), (direction,))[1]
+
+    torch.testing.assert_close(derivatives(module.linear), derivatives(F.linear))
 
 
 @pytest.mark.parametrize("network", ["vit", "uvit"])
