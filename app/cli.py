@@ -16,14 +16,14 @@ from typing import Annotated
 import typer
 
 from ..core.errors import MediatokError
-from . import cli_codec, cli_generate, cli_measure, cli_models
+from . import cli_codec, cli_generate, cli_measure, cli_models, cli_rate, cli_speech
 from .cli_jobs import one_line
 
 DEBUG_VARIABLE = "MEDIATOK_DEBUG"  # set it to see the traceback behind an error line
 
 app = typer.Typer(
     name="mediatok",
-    help="Images as short token sequences, and back.",
+    help="Images and speech as short token sequences, and back.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -34,11 +34,14 @@ for command in (
     cli_codec.decode,
     cli_codec.reconstruct,
     cli_generate.generate,
+    cli_speech.enhance,
+    cli_speech.transcribe,
+    cli_speech.speak,
     cli_models.info,
     cli_models.models,
     cli_measure.evaluate,
     cli_measure.evaluate_generator,
-    cli_measure.rate,
+    cli_rate.rate,
     cli_measure.parity,
 ):
     app.command()(command)
@@ -53,9 +56,10 @@ def train(
         Path | None, typer.Option(help="A file of `accelerate config`: several hosts, FSDP, mixed precision.")
     ] = None,
 ) -> None:
-    """Train a tokenizer from a recipe.
+    """Train a model from a recipe.
 
-    The recipe is checked, then `accelerate launch -m mediatok.training.tokenizer RECIPE section.key=value ...` runs.
+    The recipe is checked, then `accelerate launch -m mediatok.training.KIND RECIPE section.key=value ...` runs, with
+    the kind of its model: tokenizer, generator, codec or speech.
     """
     from .cli_train import run_training
 

@@ -1,4 +1,7 @@
-"""`mediatok encode`, `decode` and `reconstruct`: pictures to `.mtok` files and back."""
+"""`mediatok encode`, `decode` and `reconstruct`: pictures and audio to `.mtok` files and back.
+
+What is done with either is in cli_pictures.py and cli_audio.py.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +11,17 @@ from typing import Annotated
 import typer
 
 from ..core.errors import InvalidInput, ModelNotFound
-from .cli_jobs import DECODED, RECONSTRUCTED, TOKEN_SUFFIXES, Job, Outcome, make_folder, plan_jobs, run_batches
+from . import cli_audio, cli_pictures
+from .cli_jobs import DECODED, TOKEN_SUFFIXES, Outcome, plan_jobs
+from .cli_media import AUDIO, PICTURES, Files, Out, find_medium, refuse_options
 from .cli_models import AsJson, BatchSize, Device, DType, load_tokenizer
 
-MAX_PSNR = 100.0  # dB, stands for pictures that are equal
-FIXED_MODEL, VARIABLE_MODEL = "titok-tiny", "one-d-piece-tiny"
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
-OUTPUT_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-
-Pictures = Annotated[list[Path], typer.Argument(help="Pictures (PNG, JPEG, WebP, BMP, GIF) or folders of them.")]
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="Result file for one input, or folder for several.")]
 Model = Annotated[
     str | None,
     typer.Option(
         "--model", "-m",
-        help=f"Name, folder or hub id; default {FIXED_MODEL}, or {VARIABLE_MODEL} if a length or quality is given.",
+        help=f"Name, folder or hub id; default {cli_pictures.FIXED_MODEL}, or {cli_pictures.VARIABLE_MODEL} if a "
+        f"length or quality is given; {cli_audio.DEFAULT_MODEL} for audio.",
     ),
 ]  # fmt: skip
 NumTokens = Annotated[int | None, typer.Option(min=1, help="Keep the first tokens only (variable-length models).")]
@@ -33,7 +32,7 @@ Text = Annotated[str | None, typer.Option(help="Caption for text-aware models.")
 
 
 def encode(
-    inputs: Pictures,
+    inputs: Files,
     out: Out = None,
     model: Model = None,
     num_tokens: NumTokens = None,
@@ -45,30 +44,18 @@ def encode(
     dtype: DType = "float32",
     as_json: AsJson = False,
 ) -> None:
-    """Turn pictures into .mtok files.
+    """Turn pictures or audio into .mtok files.
 
     cat.png becomes cat.mtok beside it; a folder photos becomes a folder photos-tokens; --out names another place.
     """
-    from ..core.images import read_image
-
     outcome, options = Outcome(), length_options(num_tokens, target_psnr, max_bytes)
-    jobs = plan_jobs(
-        inputs, out, outcome, suffixes=PICTURE_SUFFIXES, output_suffixes=TOKEN_SUFFIXES, folder_tag="-tokens"
-    )
-    if jobs:
-        tokenizer = load_tokenizer(model or default_model(options), device, dtype)
-        tokenizer.check_num_tokens(num_tokens)
-
-        def work(batch: list[Job], pictures: list) -> list[dict]:
-            tokens = tokenizer.encode(pictures, tile=tile, batch_size=batch_size, **options)
-            records = []
-            for index, (job, picture) in enumerate(zip(batch, pictures, strict=True)):
-                make_folder(job.output)
-                tokens[index].save(job.output)
-                records.append(_record(job, tokenizer, tokens[index], picture if tile else None))
-            return records
-
-        run_batches(jobs, outcome, read=read_image, work=work, weigh=_num_pixels, batch_size=batch_size, label="encode")
+    where = {"device": device, "dtype": dtype}
+    if find_medium(inputs, model) is AUDIO:
+        refuse_options(picture_options(num_tokens, target_psnr, max_bytes, tile), AUDIO)
+        cli_audio.encode_audio(inputs, out, model, outcome, batch_size=batch_size, **where)
+    else:
+        name = model or cli_pictures.default_model(options)
+        cli_pictures.encode_pictures(inputs, out, name, outcome, options, tile, batch_size=batch_size, **where)
     outcome.finish(as_json, _line, lambda records: _summary("encoded", records))
 
 
@@ -84,58 +71,44 @@ def decode(
     dtype: DType = "float32",
     as_json: AsJson = False,
 ) -> None:
-    """Turn .mtok files back into pictures.
+    """Turn .mtok files back into pictures and sound.
 
-    cat.mtok becomes cat.decoded.png beside it; a folder photos becomes a folder photos-decoded; --out names another
-    place or format.
+    cat.mtok becomes cat.decoded.png beside it, or cat.decoded.wav; a folder photos becomes a folder photos-decoded;
+    --out names another place or format.
     """
-    from ..core.images import write_image
-    from ..core.registry import find_entry
-    from ..core.tokens import Tokens
-
     outcome = Outcome()
     jobs = plan_jobs(
         inputs, out, outcome,
-        suffixes=TOKEN_SUFFIXES, output_suffixes=OUTPUT_SUFFIXES, tag=DECODED, folder_tag="-decoded",
+        suffixes=TOKEN_SUFFIXES, output_suffixes=PICTURES.outputs + AUDIO.outputs, tag=DECODED, folder_tag="-decoded",
+        default_suffix=lambda path: (AUDIO if cli_audio.holds_speech(path) else PICTURES).outputs[0],
     )  # fmt: skip
+    speech, pictures = [], []
+    for job in jobs:
+        (speech if cli_audio.holds_speech(job.source) else pictures).append(job)
+    if speech:
+        refuse_options({"--text": text}, AUDIO)
     tokenizers: dict[str, object] = {}
 
-    def tokenizer_of(name: str):
+    def tokenizer_of(tokens):
+        from ..core.registry import find_entry
+
+        name = model or tokens.tokenizer
         # A name in a file may be anything: only known ones are loaded for it, never a path or somebody's repository.
         if model is None and find_entry(name) is None:
             raise ModelNotFound(f"its tokenizer {name!r} is not a known model; give its folder with --model")
         if name not in tokenizers:
-            tokenizers[name] = load_tokenizer(name, device, dtype)
+            tokenizers[name] = load_tokenizer(name, device, dtype, tokens.modality)
+        elif tokenizers[name].modality != tokens.modality:
+            raise InvalidInput(f"this holds {tokens.modality}, and {name} is a tokenizer of another kind")
         return tokenizers[name]
 
-    def work(batch: list[Job], items: list) -> list[dict]:
-        names = [model or tokens.tokenizer for tokens in items]
-        records = []
-        for name in dict.fromkeys(names):
-            chosen = [index for index, other in enumerate(names) if other == name]
-            pictures = tokenizer_of(name).decode(
-                Tokens.cat([items[index] for index in chosen]), batch_size=batch_size, **_captions(text)
-            )
-            for index in chosen:
-                job, tokens = batch[index], items[index]
-                make_folder(job.output)
-                for number, path in enumerate(_numbered(job.output, len(tokens))):
-                    picture = pictures.pop(0)
-                    write_image(picture, path)
-                    records.append(_record(Job(job.source, path), tokenizer_of(name), tokens[number], picture))
-        return records
-
-    if jobs:
-        if model is not None:
-            tokenizer_of(model)
-        run_batches(
-            jobs, outcome, read=Tokens.load, work=work, weigh=_tiled_pixels, batch_size=batch_size, label="decode"
-        )
+    cli_pictures.decode_pictures(pictures, outcome, tokenizer_of, text, batch_size)
+    cli_audio.decode_audio(speech, outcome, tokenizer_of)
     outcome.finish(as_json, _line, lambda records: _summary("decoded", records))
 
 
 def reconstruct(
-    inputs: Pictures,
+    inputs: Files,
     out: Out = None,
     model: Model = None,
     num_tokens: NumTokens = None,
@@ -148,41 +121,19 @@ def reconstruct(
     dtype: DType = "float32",
     as_json: AsJson = False,
 ) -> None:
-    """Encode, decode and tell the PSNR.
+    """Encode, decode and tell how much is lost: PSNR of pictures, log-mel distance of audio.
 
     cat.png becomes cat.reconstructed.png beside it; a folder photos becomes a folder photos-reconstructed.
     """
-    from ..core.images import fit_square, psnr, read_image, to_pixels, write_image
-
     outcome, options = Outcome(), length_options(num_tokens, target_psnr, max_bytes)
-    jobs = plan_jobs(
-        inputs, out, outcome, suffixes=PICTURE_SUFFIXES, output_suffixes=OUTPUT_SUFFIXES,
-        tag=RECONSTRUCTED, folder_tag="-reconstructed",
-    )  # fmt: skip
-    if jobs:
-        tokenizer = load_tokenizer(model or default_model(options), device, dtype)
-        tokenizer.check_num_tokens(num_tokens)
-
-        def work(batch: list[Job], pictures: list) -> list[dict]:
-            if tokenizer.is_continuous:
-                tiling = {"tile": True} if tile else {}
-                tokens, results = None, tokenizer.reconstruct(pictures, **_captions(text), **options, **tiling)
-            else:
-                tokens = tokenizer.encode(pictures, tile=tile, batch_size=batch_size, **options)
-                results = tokenizer.decode(tokens, batch_size=batch_size, **_captions(text))
-            records = []
-            for index, (job, picture, result) in enumerate(zip(batch, pictures, results, strict=True)):
-                make_folder(job.output)
-                write_image(result, job.output)
-                reference = picture if tile else fit_square(picture, tokenizer.image_size)
-                record = _record(job, tokenizer, tokens[index] if tokens else None, reference)
-                records.append(
-                    record | {"psnr": round(min(psnr(to_pixels(result), to_pixels(reference)), MAX_PSNR), 3)}
-                )
-            return records
-
-        run_batches(
-            jobs, outcome, read=read_image, work=work, weigh=_num_pixels, batch_size=batch_size, label="reconstruct"
+    where = {"device": device, "dtype": dtype}
+    if find_medium(inputs, model) is AUDIO:
+        refuse_options(picture_options(num_tokens, target_psnr, max_bytes, tile, text), AUDIO)
+        cli_audio.reconstruct_audio(inputs, out, model, outcome, batch_size=batch_size, **where)
+    else:
+        name = model or cli_pictures.default_model(options)
+        cli_pictures.reconstruct_pictures(
+            inputs, out, name, outcome, options, tile, text, batch_size=batch_size, **where
         )
     outcome.finish(as_json, _line, lambda records: _summary("reconstructed", records))
 
@@ -195,60 +146,24 @@ def length_options(num_tokens: int | None, target_psnr: float | None, max_bytes:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def default_model(options: dict) -> str:
-    """The shipped tokenizer that can do what is asked."""
-    return VARIABLE_MODEL if options else FIXED_MODEL
-
-
-def _captions(text: str | None) -> dict:
-    return {} if text is None else {"text": text}
-
-
-def _num_pixels(picture) -> int:
-    return picture.width * picture.height
-
-
-def _tiled_pixels(tokens) -> int:
-    return sum(frame.width * frame.height for frame in tokens.frames if frame.is_tiled)
-
-
-def _numbered(path: Path, count: int) -> list[Path]:
-    """`path` itself for one picture; cat-1.png, cat-2.png ... for a file that holds several."""
-    return [path] if count == 1 else [path.with_stem(f"{path.stem}-{number}") for number in range(1, count + 1)]
-
-
-def _record(job: Job, tokenizer, tokens, coded_picture) -> dict:
-    """What is told about one file; `coded_picture` is what the tokens stand for, None for the model's square."""
-    width, height = coded_picture.size if coded_picture else (tokenizer.image_size, tokenizer.image_size)
-    record = {"input": str(job.source), "output": str(job.output), "model": tokenizer.name}
-    record |= {"width": width, "height": height}
-    if tokens is not None:
-        record["tokens"] = int(tokens.lengths[0])
-        record["bytes"] = tokens.num_bytes
-        record["bits_per_pixel"] = round(8 * tokens.num_bytes / (width * height), 5)
-    return record
+def picture_options(
+    num_tokens: int | None,
+    target_psnr: float | None,
+    max_bytes: int | None,
+    tile: bool = False,
+    text: str | None = None,
+) -> dict[str, object]:
+    """What only pictures have, by the names of the options."""
+    options = {"--num-tokens": num_tokens, "--target-psnr": target_psnr, "--max-bytes": max_bytes}
+    return options | {"--tile": tile, "--text": text}
 
 
 def _line(record: dict) -> str:
-    parts = [f"{record['input']} -> {record['output']}", f"{record['width']}x{record['height']}"]
-    if "tokens" in record:
-        parts += [
-            f"{record['tokens']} tokens",
-            f"{record['bytes']} bytes",
-            f"{record['bits_per_pixel']:.3f} bits/pixel",
-        ]
-    if "psnr" in record:
-        parts.append(f"{record['psnr']:.2f} dB")
-    return "  ".join(parts)
+    return cli_audio.line(record) if "seconds" in record else cli_pictures.line(record)
 
 
 def _summary(verb: str, records: list[dict]) -> str:
-    parts = [f"{verb} {len(records)} pictures with {', '.join(sorted({record['model'] for record in records}))}"]
-    counted = [record for record in records if "tokens" in record]
-    if counted:
-        pixels = sum(record["width"] * record["height"] for record in counted)
-        total = sum(record["bytes"] for record in counted)
-        parts.append(f"{sum(r['tokens'] for r in counted)} tokens, {total} bytes, {8 * total / pixels:.3f} bits/pixel")
-    if "psnr" in records[0]:
-        parts.append(f"mean {sum(record['psnr'] for record in records) / len(records):.2f} dB")
-    return ": ".join(parts[:1]) + "".join(f", {part}" for part in parts[1:])
+    clips = [record for record in records if "seconds" in record]
+    pictures = [record for record in records if "seconds" not in record]
+    parts = [cli_pictures.summary(verb, pictures)] if pictures else []
+    return "\n".join(parts + ([cli_audio.summary(verb, clips)] if clips else []))

@@ -15,8 +15,8 @@ import typer
 
 from .. import __version__
 from ..core.errors import InvalidInput
-from .cli_codec import OUTPUT_SUFFIXES
 from .cli_jobs import TOKEN_SUFFIXES, Outcome, make_folder
+from .cli_media import PICTURES
 from .cli_models import AsJson, BatchSize, Device, DType, load_generator, load_tokenizer
 
 NO_CLASS = "none"
@@ -222,12 +222,12 @@ def _classes(generator, labels: list[str] | None, count: int) -> list[int]:
 
 def _targets(out: Path | None, grid: bool, names: list[str]) -> list[Path]:
     """The file of each picture, or of the grid, called one of `names` unless `out` names it."""
-    if out is not None and not out.is_dir() and out.suffix.lower() in OUTPUT_SUFFIXES:
+    if out is not None and not out.is_dir() and out.suffix.lower() in PICTURES.outputs:
         if len(names) > 1:
             raise InvalidInput(f"--out {out} is one file for {len(names)} pictures; name a folder, or add --grid")
         return [out]
     if out is not None and not out.is_dir() and (out.is_file() or FILE_SUFFIX.fullmatch(out.suffix)):
-        raise InvalidInput(f"--out {out} must end in {', '.join(OUTPUT_SUFFIXES)}, or be a folder")
+        raise InvalidInput(f"--out {out} must end in {', '.join(PICTURES.outputs)}, or be a folder")
     return [(out or FOLDER) / name for name in names]
 
 

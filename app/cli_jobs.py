@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ import typer
 from ..core.errors import InvalidInput, MediatokError
 
 TOKEN_SUFFIXES = (".mtok",)
-DECODED, RECONSTRUCTED, RATE = ".decoded", ".reconstructed", ".rate"  # cat.decoded.png ... lie beside their inputs
+# Results that lie beside their inputs, as cat.decoded.png, and are no inputs of later calls.
+DECODED, RECONSTRUCTED, ENHANCED, RATE = ".decoded", ".reconstructed", ".enhanced", ".rate"
+RESULTS = (DECODED, RECONSTRUCTED, ENHANCED, RATE)
 BATCH_PIXELS = 2**25  # pictures of a batch together, so that a folder of large ones does not fill the memory
 MAX_LINES = 20  # results listed one by one up to here; beyond, only their sum
 
@@ -95,7 +98,7 @@ def collect_files(
                 path
                 for path in given.rglob("*")
                 if path.suffix.lower() in suffixes
-                and Path(path.stem).suffix not in (DECODED, RECONSTRUCTED, RATE)
+                and Path(path.stem).suffix not in RESULTS
                 and not any(part.startswith(".") for part in path.relative_to(given).parts)
                 and path.is_file()
                 and not (skip and skip != given and path.is_relative_to(skip))
@@ -125,8 +128,9 @@ def plan_jobs(
     output_suffixes: tuple[str, ...],
     tag: str = "",
     folder_tag: str,
+    default_suffix: Callable[[Path], str] | None = None,
 ) -> list[Job]:
-    """Pair every input file with its output; the first of `output_suffixes` is the default format.
+    """Pair every input file with its output, in the first of `output_suffixes` or what `default_suffix` says of it.
 
     `tag` goes between stem and suffix of results that lie beside their inputs, `folder_tag` behind a folder's name.
     """
@@ -146,11 +150,12 @@ def plan_jobs(
     targets = []
     for path, folder in files:
         stem = path.stem + (tag if folder is None and out is None else "")
-        targets.append(_target_folder(path, folder, out, folder_tag, several) / (stem + output_suffixes[0]))
+        suffix = output_suffixes[0] if default_suffix is None else default_suffix(path)
+        targets.append(_target_folder(path, folder, out, folder_tag, several) / (stem + suffix))
     counts = Counter(targets)
     # cat.png and cat.jpg in one folder: keep the whole names, so that neither result replaces the other.
     targets = [
-        target if counts[target] == 1 else target.with_name(path.name + output_suffixes[0])
+        target if counts[target] == 1 else target.with_name(path.name + target.suffix)
         for (path, _), target in zip(files, targets, strict=True)
     ]
     return _without_clashes([Job(path, target) for (path, _), target in zip(files, targets, strict=True)], outcome)
@@ -239,6 +244,37 @@ def _work_or_split(batch: Sequence[tuple[Job, Any]], work, outcome: Outcome) -> 
             return
         for pair in batch:
             _work_or_split([pair], work, outcome)
+
+
+@contextmanager
+def reasons_first(outcome: Outcome, count: int) -> Iterator[None]:
+    """Where the block raises because all `count` inputs failed one by one, list the reasons of each instead."""
+    before = len(outcome.failures)
+    try:
+        yield
+    except InvalidInput:
+        if len(outcome.failures) - before < count:
+            raise
+        outcome.finish_failures()
+
+
+@contextmanager
+def steps_bar(total: int, label: str, unit: str = "file") -> Iterator[Callable[..., None]]:
+    """A progress bar, where there is more than one thing to do; gives the `on_step` that moves it."""
+    from tqdm import tqdm
+
+    with tqdm(total=total, desc=label, unit=unit, file=sys.stderr, disable=total < 2, leave=False) as bar:
+
+        def on_step(step: int, total: int, preview=None) -> None:
+            bar.total = total
+            bar.update(step - bar.n)
+
+        yield on_step
+
+
+def numbered(path: Path, count: int) -> list[Path]:
+    """`path` itself for one result; cat-1.png, cat-2.png ... for a file that holds several."""
+    return [path] if count == 1 else [path.with_stem(f"{path.stem}-{number}") for number in range(1, count + 1)]
 
 
 def make_folder(path: Path) -> None:

@@ -13,16 +13,8 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 def run_training(recipe: str, changes: list[str], num_processes: int, accelerate_config: Path | None) -> int:
     """Launch the training and return its exit code. Recipes and changes are checked before anything heavy starts."""
-    from ..training.generator_recipe import is_generator_recipe, load_generator_recipe
-    from ..training.recipe import load_recipe
-
     path = find_recipe(recipe)
-    if is_generator_recipe(path):
-        load_generator_recipe(path, changes)
-        module = "mediatok.training.generator"
-    else:
-        load_recipe(path, changes)
-        module = "mediatok.training.tokenizer"
+    module = check_recipe(path, changes)
     command = launch_command(module, path, changes, num_processes, accelerate_config)
     process = subprocess.Popen(command)
     try:
@@ -31,6 +23,24 @@ def run_training(recipe: str, changes: list[str], num_processes: int, accelerate
         process.wait()
         raise
     return 130 if code in (130, -2) else 2 if code else 0
+
+
+def check_recipe(path: Path, changes: list[str]) -> str:
+    """The module that trains what the recipe at `path` describes; InvalidRecipe when it is wrong."""
+    from ..training.codec_recipe import is_codec_recipe, load_codec_recipe
+    from ..training.generator_recipe import is_generator_recipe, load_generator_recipe
+    from ..training.recipe import load_recipe
+    from ..training.speech_recipe import is_speech_recipe, load_speech_recipe
+
+    kinds = (
+        ("generator", is_generator_recipe, load_generator_recipe),
+        ("codec", is_codec_recipe, load_codec_recipe),
+        ("speech", is_speech_recipe, load_speech_recipe),
+        ("tokenizer", lambda path: True, load_recipe),  # of images
+    )
+    name, _, load = next(kind for kind in kinds if kind[1](path))
+    load(path, changes)
+    return f"mediatok.training.{name}"
 
 
 def find_recipe(recipe: str) -> Path:

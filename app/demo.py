@@ -1,8 +1,8 @@
 """Self-check and demonstration: `python -m mediatok.app.demo [--out demo]`.
 
-Every shipped tokenizer that gives tokens encodes and decodes the sample pictures through the bytes of a `.mtok` file.
-A table tells tokens, bytes, PSNR and seconds. With `--out` the reconstructions, the `.mtok` files and one sheet of all
-are kept.
+Every shipped image tokenizer that gives tokens encodes and decodes the sample pictures through the bytes of a `.mtok`
+file. A table tells tokens, bytes, PSNR and seconds. With `--out` the reconstructions, the `.mtok` files and one sheet
+of all are kept.
 """
 
 from __future__ import annotations
@@ -133,11 +133,11 @@ def _draw_sheet(rows: list[Row], samples: list[Path]) -> Image.Image:
 
 
 def run(out: Path | None = None) -> list[Row]:
-    """Check every shipped tokenizer, print the table, and write the results into `out` if it is given."""
+    """Check every shipped image tokenizer, print the table, and write the results into `out` if it is given."""
     samples = list_images(SAMPLES)
     rows = []
     for entry in registry.models():
-        if entry.is_shipped and entry.kind == "tokenizer":
+        if entry.is_shipped and entry.kind == "tokenizer" and entry.modality == "image":
             tokenizer = registry.load(entry.name)
             if not tokenizer.is_continuous:  # latents have no .mtok file
                 rows += check_tokenizer(tokenizer, samples)

@@ -1,8 +1,8 @@
 """The studio: one local page that makes tokens visible. `launch` serves it; `mediatok studio` calls that.
 
-Each tab is a file of its own (tab_image.py, tab_compare.py, tab_generate.py, tab_models.py); what they share is in
-studio_context.py, the handlers of the larger tabs in studio_image.py and studio_generate.py, the device and its queue
-in studio_worker.py.
+Each tab is a file of its own (tab_image.py, tab_compare.py, tab_generate.py, tab_speech.py, tab_models.py); what they
+share is in studio_context.py, the handlers of the larger tabs in studio_image.py, studio_generate.py and
+studio_speech.py, the device and its queue in studio_worker.py.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 from ..core.errors import InvalidInput, MediatokError
-from . import studio_api, tab_compare, tab_generate, tab_image, tab_models
+from . import studio_api, tab_compare, tab_generate, tab_image, tab_models, tab_speech
 from .studio_context import Studio, html
 from .studio_guard import Guard
 from .studio_image import first_session
-from .studio_models import GENERATOR, TOKENIZER, Catalogue
+from .studio_models import CODEC, GENERATOR, TOKENIZER, Catalogue
+from .studio_speech import SpeechSession
 from .studio_style import page_style
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
@@ -99,6 +100,9 @@ def build(studio: Studio) -> gr.Blocks:
         title="mediatok studio", analytics_enabled=False, delete_cache=(600, CACHE_SECONDS), fill_width=True
     ) as page:
         session = gr.State(prototype, time_to_live=SESSION_SECONDS, delete_callback=lambda value: value.close())
+        speech_session = gr.State(
+            SpeechSession(studio.folder), time_to_live=SESSION_SECONDS, delete_callback=lambda value: value.close()
+        )
         title = html(studio.title(), elem_id="title")
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Image", id="image"):
@@ -111,9 +115,12 @@ def build(studio: Studio) -> gr.Blocks:
                 with gr.Tab("Generate", id="generate"):
                     generate = tab_generate.build(studio, session, prototype, title)
                 pickers[generate.model] = GENERATOR
+            with gr.Tab("Speech", id="speech", visible=has_codec(studio)) as speech_tab:
+                speech = tab_speech.build(studio, speech_session, title)
+            speech.open_with(speech_tab.select)
             if not studio.public:
                 with gr.Tab("Models", id="models") as models_tab:
-                    models = tab_models.build(studio, pickers, title)
+                    models = tab_models.build(studio, pickers | speech.models, title)
                 models.refresh(models_tab.select)
             with gr.Tab("Help", id="help"), gr.Column(elem_classes="mt-help"):
                 gr.Markdown(help_text(), elem_id="help")
@@ -121,10 +128,21 @@ def build(studio: Studio) -> gr.Blocks:
         compare.start(image.to_compare.click(lambda: gr.Tabs(selected="compare"), None, tabs, **hidden))
         if generate is not None:
             image.start(generate.to_image.click(lambda: gr.Tabs(selected="image"), None, tabs, **hidden))
-        # Setting the state once is what makes Gradio count its time.
-        page.load(lambda value: (value, studio.title()), session, [session, title], **hidden)
+        if not studio.public:  # a codec may be loaded by name
+            models.table.change(lambda: gr.Tab(visible=has_codec(studio)), None, speech_tab, **hidden)
+        # Setting the states once is what makes Gradio count their time.
+        states = [session, speech_session]
+        page.load(
+            lambda *values: (*values, studio.title(), gr.Tab(visible=has_codec(studio))), states,
+            [*states, title, speech_tab], **hidden,
+        )  # fmt: skip
         studio_api.build(studio)
     return page
+
+
+def has_codec(studio: Studio) -> bool:
+    """Whether there is anything for the Speech tab to begin with."""
+    return bool(studio.catalogue.choices(CODEC))
 
 
 def help_text() -> str:

@@ -23,6 +23,7 @@ from .. import Tokens, write_image
 from ..core.errors import InvalidInput, MediatokError
 from ..core.generator import image_seeds
 from . import studio_actions as actions
+from . import studio_speech_api
 from .studio_code import picture_name, safe_stem
 from .studio_context import Studio, picture_input, report_bug, sentence
 from .studio_generation import make_pictures
@@ -86,6 +87,7 @@ def build(studio: Studio) -> None:
             raises(api.generate), [generator, labels, seed, steps, guidance], [out_files, out_json],
             api_name="generate",
         )  # fmt: skip
+    studio_speech_api.build(studio, raises, api.new_folder)
 
 
 class Endpoints:
@@ -105,7 +107,7 @@ class Endpoints:
         result = self._encode(picture, tokenizer, *next(iter(given.items()), ("all", 0)), bool(tile))
         if result.tokens is None:
             raise InvalidInput(f"{result.model_name} has continuous latents, so there is no .mtok file.")
-        path = self._folder() / f"{safe_stem(picture)}.mtok"
+        path = self.new_folder() / f"{safe_stem(picture)}.mtok"
         result.tokens.save(path)
         return str(path), facts(result)
 
@@ -118,7 +120,7 @@ class Endpoints:
         model, job = self.studio.catalogue.get(source), Job()
         with self.studio.device.hold(job):
             result = actions.decode_tokens(model, source, tokens, Path(tokens_file).name, job)
-        path = self._folder() / f"{safe_stem(tokens_file)}.png"
+        path = self.new_folder() / f"{safe_stem(tokens_file)}.png"
         write_image(result.image, path)
         return str(path), facts(result)
 
@@ -144,7 +146,7 @@ class Endpoints:
         model, job = self.studio.catalogue.get(generator, GENERATOR), Job()
         with self.studio.device.hold(job):
             gallery = make_pictures(model, generator, labels, seed, steps, guidance, job)
-        folder = self._folder()
+        folder = self.new_folder()
         paths = [folder / picture_name(gallery, picture) for picture in gallery.pictures]
         for picture, path in zip(gallery.pictures, paths, strict=True):
             write_image(picture.image, path)
@@ -172,7 +174,8 @@ class Endpoints:
         with self.studio.device.hold(job):
             return actions.encode_picture(model, source, picture, Path(picture).name, budget, job, tile=tile)
 
-    def _folder(self) -> Path:
+    def new_folder(self) -> Path:
+        """A fresh folder for an answer's files; those of old answers go."""
         root = self.studio.folder / "answers"
         root.mkdir(exist_ok=True)
         for old in root.iterdir():

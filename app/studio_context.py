@@ -17,6 +17,7 @@ from html import escape
 from pathlib import Path
 
 import gradio as gr
+from gradio import FileData
 from PIL import Image
 
 from ..core.errors import Cancelled, MediatokError
@@ -46,6 +47,7 @@ class Studio:
         shown = self.folder / "samples"
         shown.mkdir()
         self.samples = [Path(shutil.copy(path, shown)) for path in list_images(SAMPLES)[:NUM_SAMPLES]]
+        self.clips = [Path(shutil.copy(path, shown)) for path in sorted(SAMPLES.glob("*.flac"))[:NUM_SAMPLES]]
 
     def title(self) -> str:
         """The title bar with the memory in use now."""
@@ -62,6 +64,14 @@ def picture_input(value: Path | None = None, **options) -> gr.Image:
     image = gr.Image(None if value is None else str(value), type="filepath", **options)
     image.preprocess = lambda payload: None if payload is None else payload.path
     return image
+
+
+def clip_input(**options) -> gr.Audio:
+    """An audio input that hands over the file as it came, and shows files of ours as they are: Gradio opens neither."""
+    audio = gr.Audio(None, type="filepath", sources=["upload", "microphone"], **options)
+    audio.preprocess = lambda payload: None if payload is None else payload.path
+    audio.postprocess = lambda path: None if path is None else FileData(path=str(path), orig_name=Path(path).name)
+    return audio
 
 
 def speaks(num_outputs: int) -> Callable:

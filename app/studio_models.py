@@ -11,10 +11,21 @@ from ..core.errors import InvalidInput, ModelNotFound, nearest_names
 from ..core.registry import CLASSES
 from .studio_worker import ModelShelf
 
-TOKENIZER, GENERATOR = "tokenizer", "generator"
+TOKENIZER, GENERATOR = "tokenizer", "generator"  # of pictures
+CODEC, ENHANCER = "speech codec", "speech enhancer"
+RECOGNISER, SPEAKER = "speech recogniser", "speech synthesiser"
+SPEECH_KINDS = {
+    "SimCodec": CODEC, "GenSE": ENHANCER, "Paraformer": RECOGNISER, "Speak": SPEAKER,
+    "SemanticTokenizer": "semantic tokenizer",  # a part of enhancers
+}  # fmt: skip
+MODALITIES = ("image", "speech")
 PREFERRED = {  # what the page shows first, if it is here
     TOKENIZER: ("one-d-piece-tiny", "titok-tiny"),  # the token slider of the first does something
     GENERATOR: ("xar-tiny", "maskgit-tiny"),
+    CODEC: ("simcodec-tiny",),
+    ENHANCER: ("gense-tiny",),
+    RECOGNISER: ("paraformer-tiny",),
+    SPEAKER: ("speak-tiny",),
 }
 
 
@@ -22,7 +33,7 @@ PREFERRED = {  # what the page shows first, if it is here
 class ModelRow:
     """A model as the Models tab lists it.
 
-    source: what `mt.load` takes. label: how people call it. kind: "tokenizer" or "generator", of pictures.
+    source: what `mt.load` takes. label: how people call it. kind: one of those above.
     """
 
     label: str
@@ -52,10 +63,11 @@ class Catalogue:
         """Shipped models, local folders, names loaded here, then released ones."""
         known = [
             ModelRow(
-                entry.name, entry.name, entry.status, entry.licence, entry.parameters, entry.description, entry.kind
+                entry.name, entry.name, entry.status, entry.licence, entry.parameters, entry.description,
+                SPEECH_KINDS.get(entry.class_name, entry.kind),
             )
             for entry in models()
-            if entry.modality == "image" and (not entry.is_shipped or (entry.folder / "config.json").is_file())
+            if entry.modality in MODALITIES and (not entry.is_shipped or (entry.folder / "config.json").is_file())
         ]  # fmt: skip
         shipped = [row for row in known if row.status == "shipped"]
         listed = {row.source for row in known}
@@ -111,23 +123,23 @@ class Catalogue:
         if not name:
             raise InvalidInput("Give a model's name, folder or hub id.")
         model = self.shelf.get(next((row.source for row in self.rows() if row.label == name), name))
-        if getattr(model, "modality", None) != "image":
+        if getattr(model, "modality", None) not in MODALITIES:
             self.shelf.unload(name)
-            raise InvalidInput(f"{name} is not a model of pictures.")
+            raise InvalidInput(f"{name} is not a model of pictures or speech.")
         class_name = type(model).__name__
         row = ModelRow(model.name, name, "loaded by name", "", None, class_name, _kind(class_name))
         self._by_name.setdefault(name, row)
         return model
 
-    def source_of(self, tokenizer_name: str) -> str:
+    def source_of(self, tokenizer_name: str, kind: str = TOKENIZER) -> str:
         """The source whose tokens carry this name (a .mtok file names its tokenizer)."""
-        rows = [row for row in self.rows() if row.is_here and row.kind == TOKENIZER]
+        rows = [row for row in self.rows() if row.is_here and row.kind == kind]
         for row in rows:
             if tokenizer_name in (shortened(row.source), shortened(Path(row.source).name)):
                 return row.source
         raise ModelNotFound(
             f"these tokens were made by {tokenizer_name!r}, which is not here; this studio has "
-            f"{', '.join(row.label for row in rows)}"
+            f"{', '.join(row.label for row in rows) or 'none of that kind'}"
         )
 
 
@@ -145,6 +157,8 @@ def _load(source: str, device: str | None):
 
 
 def _kind(class_name: str) -> str:
+    if class_name in SPEECH_KINDS:
+        return SPEECH_KINDS[class_name]
     return GENERATOR if CLASSES.get(class_name, "").startswith("generators.") else TOKENIZER
 
 

@@ -272,7 +272,7 @@ def _hotword_arguments(config: Config, settings: Fields, width: int) -> dict[str
         raise InvalidCheckpoint("every layer of seaco_decoder must attend to the hotwords, without a shift")
     return {
         "hotword_depth": sizes["depth"], "hotword_heads": sizes["num_heads"], "hotword_mlp_width": sizes["hidden"],
-        "hotword_taps": sizes["taps"], "no_hotword_id": settings.integer("NO_BIAS", 8377),
+        "hotword_taps": sizes["taps"], "no_hotword_id": _count(settings, "NO_BIAS", 8377),
     }  # fmt: skip
 
 

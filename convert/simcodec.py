@@ -117,43 +117,45 @@ def simcodec_arguments(config: Config, weights: StateDict) -> dict[str, Any]:
         raise InvalidCheckpoint(f"the codec's config has {config['channel']} channels; only mono codecs are read")
     if str(config.get("resblock", "1")) != "1":
         raise InvalidCheckpoint(f"the codec's config has resblock {config['resblock']!r}; only '1' is read")
-    rates = fields.integers("upsample_rates")
+    rates, block_kernels = fields.integers("upsample_rates"), fields.integers("resblock_kernel_sizes")
     if len(rates) > MAX_STAGES:
         raise InvalidCheckpoint(f"the codec's config has {len(rates)} stages; at most {MAX_STAGES} are read")
-    kernels = tuple(_shape(shapes, f"generator.ups.{i}.weight")[2] for i in range(len(rates)))
-    block_kernels = fields.integers("resblock_kernel_sizes")
-    # Group after group of quantizer_modules, quantizer_modules2 ..., or of the layers of quantizer_modules.
-    codebooks = [re.fullmatch(r"quantizer\.quantizer_modules(\d?)((?:\.\d+)+)\.embedding\.weight", k) for k in shapes]
-    codebooks = [(match[0], match[1], match[2].split(".")[1:]) for match in codebooks if match]
-    if not codebooks:
-        raise InvalidCheckpoint("these are no weights of a codec: quantizer.quantizer_modules is missing")
-    is_hificodec = len(codebooks[0][2]) == 1
-    layers = {more if is_hificodec else place[0] for _, more, place in codebooks}
-    groups = {place[-1] for *_, place in codebooks}
-    base = _shape(shapes, "generator.conv_pre.weight")[0]
+    is_hificodec, layers, groups, codes = _codebooks(shapes)
     if "upsample_initial_channel" in fields:
-        base = fields.integer("upsample_initial_channel")
+        de_filters = max(1, fields.integer("upsample_initial_channel") // 2 ** len(rates))
+    else:
+        de_filters = _shape(shapes, "generator.conv_post.weight")[1]
+    en_filters = fields.integer("width", _shape(shapes, "encoder.conv_pre.weight")[0])
     arguments = {
         "sample_rate": fields.integer("sampling_rate", fields.integer("sample_rate", 16000)),
-        "en_filters": fields.integer(
-            "en_filters", fields.integer("width", _shape(shapes, "encoder.conv_pre.weight")[0])
-        ),
-        "de_filters": fields.integer("de_filters", max(1, base // 2 ** len(rates))),
+        "en_filters": fields.integer("en_filters", en_filters), "de_filters": fields.integer("de_filters", de_filters),
         "vq_dim": fields.integer("vq_dim", _shape(shapes, "encoder.conv_post.weight")[0]),
-        "upsample_rates": rates, "upsample_kernel_sizes": fields.integers("upsample_kernel_sizes", kernels),
+        "upsample_rates": rates, "upsample_kernel_sizes": fields.integers("upsample_kernel_sizes"),
         "resblock_kernel_sizes": block_kernels, "resblock_dilation_sizes": _dilations(fields, len(block_kernels)),
-        "n_q": fields.integer("n_q", len(layers), MAX_CODEBOOKS),
-        "n_code_groups": fields.integer("n_code_groups", len(groups), MAX_CODEBOOKS),
-        "n_codes": fields.integer("n_codes", shapes[codebooks[0][0]][0]),
+        "n_q": fields.integer("n_q", layers, MAX_CODEBOOKS),
+        "n_code_groups": fields.integer("n_code_groups", groups, MAX_CODEBOOKS),
+        "n_codes": fields.integer("n_codes", codes),
         "codebook_loss_lambda": fields.number("codebook_loss_lambda", 1.0),
         "commitment_loss_lambda": fields.number("commitment_loss_lambda", 0.25),
-        "architecture": "hificodec" if is_hificodec else "simcodec",
     }  # fmt: skip
     if is_hificodec:
-        arguments["spread_loss_lambda"] = 0.0
-    if is_hificodec and "groupnorm_groups" in fields:
-        arguments["norm_groups"] = fields.integers("groupnorm_groups", limit=2**16)
+        arguments |= {"architecture": "hificodec", "spread_loss_lambda": 0.0}
+        if "groupnorm_groups" in fields:
+            arguments["norm_groups"] = fields.integers("groupnorm_groups", limit=2**16)
     return arguments
+
+
+def _codebooks(shapes: Mapping[str, tuple[int, ...]]) -> tuple[bool, int, int, int]:
+    """Whether they lie as HiFi-Codec's do (quantizer_modules.GROUP, quantizer_modules2.GROUP) and not as SimCodec's
+    (quantizer_modules.LAYER.GROUP); numbers of layers and groups, and of codes in each.
+    """
+    keys = re.compile(r"quantizer\.quantizer_modules(\d?)\.(?:(\d+)\.)?(\d+)\.embedding\.weight")
+    found = {match: shape for key, shape in shapes.items() if (match := keys.fullmatch(key))}
+    if not found:
+        raise InvalidCheckpoint("these are no weights of a codec: quantizer.quantizer_modules is missing")
+    is_hificodec = all(match[2] is None for match in found)
+    layers, groups = ({match[number] for match in found} for number in (1 if is_hificodec else 2, 3))
+    return is_hificodec, len(layers), len(groups), max(1, *next(iter(found.values()))[:1])
 
 
 def _dilations(fields: Fields, count: int) -> tuple[tuple[int, ...], ...]:

@@ -98,6 +98,10 @@ ENTRIES = {
             "maskgit-tiny", "MaskGIT", "Apache-2.0", 4_096_336, "64 px emoji, over titok-tiny", kind="generator"
         ),
         ModelEntry("xar-tiny", "XAR", "Apache-2.0", 3_838_184, "64 px emoji, over kl-tiny", kind="generator"),
+        ModelEntry(
+            "simcodec-tiny", "SimCodec", "Apache-2.0", 3_447_025, "speech at 16 kHz, 0.6 kbps; one Russian voice",
+            modality="speech",
+        ),
         _titok("titok-l32", 641_054_735, "2.21"),
         _titok("titok-b64", 204_814_095, "1.70"),
         _titok("titok-s128", 83_674_639, "1.71"),

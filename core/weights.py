@@ -101,7 +101,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
     if not isinstance(loaded, dict):
         raise InvalidCheckpoint(f"{path} holds a {type(loaded).__name__}, not a dict of tensors")
     loaded = next((loaded[key] for key in NESTED if isinstance(loaded.get(key), dict)), loaded)
-    if all(isinstance(part, dict) for part in loaded.values()):  # one state dict for each part of a model
+    if len(loaded) > 1 and all(isinstance(part, dict) for part in loaded.values()):  # one for each part of a model
         loaded = {f"{part}.{key}": value for part, values in loaded.items() for key, value in values.items()}
     return {_tensor_name(path, key): _plain_tensor(path, key, value) for key, value in loaded.items()}
 

@@ -1,16 +1,10 @@
-"""Reconstruction quality of an image tokenizer on a set of pictures, always with the protocol behind the figures.
-
-Published figures differ by crop, resize, set and feature network as much as by model; so a report carries all of
-these, and `compare` refuses reports whose protocols differ.
-"""
+"""Reconstruction quality of an image tokenizer on a set of pictures."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -18,102 +12,10 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InvalidInput
-from ..core.files import atomic_write, read_limited
 from ..core.image_tokenizer import as_list
 from ..core.images import fit_square, list_images, read_image, to_pixels
 from . import metrics
-
-MAX_REPORT_BYTES = 2**20
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """What two figures must share to be comparable.
-
-    set_sha256: hash over the sorted hashes of the files, so that order and names do not matter and content does.
-    feature_nets: SHA-256 of the weights of each network used, by metric.
-    """
-
-    set_name: str
-    num_images: int
-    set_sha256: str
-    preprocessing: str
-    image_size: int
-    postprocessing: str = "clamped to [0, 1], rounded to 8 bit"
-    metrics: str = "PSNR and SSIM (11-pixel Gaussian window, RGB) per picture, then averaged"
-    caption: str | None = None
-    feature_nets: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Report:
-    """Figures of one tokenizer on one set. `figures` maps a name with its unit to a value; higher or lower as named."""
-
-    model: str
-    fingerprint: str
-    dtype: str
-    device: str
-    num_tokens: float
-    protocol: Protocol
-    figures: dict[str, float]
-    notes: tuple[str, ...] = ()
-    seconds: float = 0.0
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2) + "\n"
-
-    def save(self, path: str | Path) -> None:
-        """Write the report as JSON, whole or not at all."""
-        with atomic_write(path) as temporary:
-            Path(temporary).write_text(self.to_json(), encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: str | Path) -> Report:
-        """Read a report that `save` wrote; InvalidInput if it is none."""
-        data = read_limited(path, MAX_REPORT_BYTES)
-        try:
-            values = json.loads(data)
-            values["protocol"] = Protocol(**values["protocol"])
-            values["figures"] = {str(name): float(value) for name, value in values["figures"].items()}
-            return cls(**values | {"notes": tuple(values.get("notes", ()))})
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise InvalidInput(f"{path} is not a report of `mediatok evaluate --out`: {error!r}") from error
-
-    def __str__(self) -> str:
-        protocol = self.protocol
-        rows = [
-            ("model", f"{self.model} (fingerprint {self.fingerprint}), {self.dtype} on {self.device}"),
-            ("set", f"{protocol.set_name}: {protocol.num_images} pictures, sha256 {protocol.set_sha256[:16]}"),
-            ("input", protocol.preprocessing),
-            ("output", protocol.postprocessing),
-            ("metrics", protocol.metrics),
-            *([("caption", protocol.caption)] if protocol.caption else []),
-            *(("network", f"{name}, sha256 {sha256[:16]}") for name, sha256 in protocol.feature_nets.items()),
-            *(("note", note) for note in self.notes),
-        ]
-        lines = [f"{name:<10}{value}" for name, value in rows]
-        width = max(map(len, self.figures), default=0)
-        lines += [f"{name:<{width}}  {value:10.4f}" for name, value in self.figures.items()]
-        return "\n".join([*lines, f"{self.seconds:.1f} seconds for {protocol.num_images} pictures"])
-
-
-def compare(report: Report, other: Report) -> str:
-    """A table of both reports' figures; InvalidInput naming what differs when they were not measured alike."""
-    unlike = [
-        f"{part.name} ({_short(getattr(report.protocol, part.name))} / {_short(getattr(other.protocol, part.name))})"
-        for part in fields(Protocol)
-        if part.name != "set_name" and getattr(report.protocol, part.name) != getattr(other.protocol, part.name)
-    ]
-    if unlike:
-        raise InvalidInput(f"the reports were measured differently and cannot be compared: {', '.join(unlike)}")
-    names = [name for name in report.figures if name in other.figures]
-    width = max(map(len, ["figure", *names]))
-    left, right = f"{report.model} ({report.num_tokens:g})", f"{other.model} ({other.num_tokens:g})"
-    lines = [f"{'figure':<{width}}  {left:>24}  {right:>24}  {'difference':>11}"]
-    for name in names:
-        a, b = report.figures[name], other.figures[name]
-        lines.append(f"{name:<{width}}  {a:>24.4f}  {b:>24.4f}  {a - b:>+11.4f}")
-    return "\n".join(lines)
+from .report import Protocol, Report, set_hash
 
 
 @torch.inference_mode()
@@ -153,6 +55,8 @@ def evaluate(
     Raises:
         InvalidInput: no readable picture, or an option that the tokenizer does not have.
     """
+    if tokenizer.modality != "image":
+        raise InvalidInput(f"{tokenizer.name} is no image tokenizer; speech is measured by mediatok.evaluate_speech")
     sources, set_name = _sources(images, set_name)
     device = tokenizer.device
     lpips = metrics.load_lpips(lpips_weights, device) if lpips_weights else None
@@ -201,12 +105,14 @@ def evaluate(
     else:
         notes.append("continuous latents: no tokens, so no bits per pixel")
     protocol = Protocol(
+        modality="image",
         set_name=set_name,
-        num_images=len(digests),
-        set_sha256=hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest(),
+        num_items=len(digests),
+        set_sha256=set_hash(digests),
         preprocessing=f"shorter side to {tokenizer.image_size} px (PIL bicubic), centre crop",
-        image_size=tokenizer.image_size,
-        caption=text,
+        postprocessing="clamped to [0, 1], rounded to 8 bit",
+        metrics="PSNR and SSIM (11-pixel Gaussian window, RGB) per picture, then averaged",
+        settings={} if text is None else {"caption": text},
         feature_nets={net.name: net.sha256 for net in (lpips, inception, lite0) if net},
     )
     return Report(
@@ -282,8 +188,3 @@ def _add_fd_lite0(figures: dict, notes: list[str], originals_NF: np.ndarray, dec
     notes.append(
         f"FD-Lite0 over {result.num_samples} pictures in {components} principal components; not comparable with FID"
     )
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 20 else f"{text[:17]}..."

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..core.errors import InvalidCheckpoint, InvalidInput
 from ..core.weights import read_state_dict
+from .report import weights_hash
 
 MAX_PSNR = 100.0  # stands for equal pictures in averages, where infinity would hide all others
 LITE0_SIZE = 224  # the network's own input side
@@ -115,9 +116,7 @@ def load_lite0(weights: str | Path, device: str | torch.device = "cpu") -> Featu
     from ..nn.efficientnet_lite import EfficientNetLite0
 
     net = EfficientNetLite0.from_file(weights)
-    digest = hashlib.sha256()
-    for name, value in sorted(net.state_dict().items()):
-        digest.update(name.encode() + value.contiguous().numpy().tobytes())
+    sha256 = weights_hash(net)
     net = net.to(device)
 
     def run(pixels_B3HW: Tensor) -> Tensor:
@@ -125,7 +124,7 @@ def load_lite0(weights: str | Path, device: str | torch.device = "cpu") -> Featu
         resized = F.interpolate(pixels_B3HW.to(device), size, mode="bilinear", antialias=True, align_corners=False)
         return net.features(resized).cpu()
 
-    return FeatureNet("FD-Lite0", digest.hexdigest(), run)
+    return FeatureNet("FD-Lite0", sha256, run)
 
 
 def find_lite0_weights() -> Path | None:

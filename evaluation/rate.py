@@ -16,8 +16,8 @@ from pathlib import Path
 from PIL import Image
 
 from ..core.errors import InvalidInput
-from ..core.files import atomic_write
 from ..core.images import fit_square, psnr, read_image, to_pixels
+from .plot import Curve, plot_curves
 
 CODECS = ("jpeg", "webp")
 QUALITIES = (1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95)
@@ -208,39 +208,12 @@ def _mean(points: Sequence[RatePoint], num_tokens: int | None, setting: str) -> 
 
 def plot_rate(curves: dict[str, Sequence[RatePoint]], path: str | Path, title: str = "") -> None:
     """Write a PNG with one line a curve: PSNR in dB over bytes (logarithmic)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for name, points in curves.items():
-        is_tokens = any(point.num_tokens for point in points)
-        axes.plot(
+    drawn = {
+        name: Curve(
             [point.bytes for point in points],
             [min(point.psnr, 60) for point in points],
-            marker="o" if is_tokens else ".",
-            linewidth=2 if is_tokens else 1.2,
-            label=name,
+            [str(point.num_tokens) for point in points if point.num_tokens],
         )
-        for point in points if is_tokens else ():
-            axes.annotate(
-                str(point.num_tokens),
-                (point.bytes, min(point.psnr, 60)),
-                (0, 6),
-                textcoords="offset points",
-                fontsize=8,
-            )
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-    axes.xaxis.set_minor_formatter("{x:g}")
-    axes.set_xlabel("bytes of the whole file")
-    axes.set_ylabel("PSNR (dB)")
-    axes.set_title(title, fontsize=10)
-    axes.grid(True, which="both", alpha=0.25)
-    if curves:
-        axes.legend()
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=130)
+        for name, points in curves.items()
+    }
+    plot_curves(drawn, path, "bytes of the whole file", "PSNR (dB)", title)

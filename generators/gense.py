@@ -252,7 +252,8 @@ class GenSE(Model):
         """Clean speech from noisy speech, of any length.
 
         Up to 10 s are enhanced at once. More is cut into windows of 10 s, spread evenly and overlapping by a second or
-        more, and joined by linear cross-fades of a second in the middle of their overlaps.
+        more, and joined by linear cross-fades of a second in the middle of their overlaps. Where the position tables
+        are too short for 10 s, windows are as long as they allow.
 
         Args:
             audio: path, bytes of a file or `Waveform`; any rate and number of channels, mixed to mono.
@@ -275,7 +276,7 @@ class GenSE(Model):
         first_seed = image_seeds(seed, 1)[0]
         semantic, codec = self.semantic_tokenizer, self.codec
         samples_S = read_audio(audio, codec.sample_rate).samples[0]
-        cut = WindowPlan.make(len(samples_S), codec.sample_rate, math.lcm(semantic.hop_length, codec.hop_length))
+        cut = self.window_plan(len(samples_S))
         seeds = image_seeds(first_seed, len(cut.starts))
         noisy_NS = cut.windows(samples_S)
         per_window = cut.size // semantic.hop_length + cut.size // codec.hop_length
@@ -292,6 +293,16 @@ class GenSE(Model):
             clean.append(codec.decode_ids(self.generate_ids(*ids, settings, rngs, on_step=show)[1]).float().cpu())
             done += per_window * len(rows)
         return Waveform(cut.join(torch.cat(clean))[None, : len(samples_S)], codec.sample_rate)
+
+    def window_plan(self, num_samples: int) -> WindowPlan:
+        """How a clip of so many samples is cut."""
+        semantic_hop, codec_hop = self.semantic_tokenizer.hop_length, self.codec.hop_length
+        n2s, s2s = self.n2s.num_positions, self.s2s.num_positions
+        largest = min(min(n2s - 1, (s2s - 1) // 2) * semantic_hop, (s2s + 1 - NEW_POSITION) * codec_hop)
+        unit = math.lcm(semantic_hop, codec_hop)
+        if largest < unit:
+            raise LimitExceeded(f"{self.name} has not positions enough for any sound ({n2s} and {s2s})")
+        return WindowPlan.make(num_samples, self.codec.sample_rate, unit, largest)
 
     def check_memory(self, batch_size: int, num_samples: int) -> None:
         """Refuse a batch of windows whose keys and values would not fit in what is free on this model's device."""

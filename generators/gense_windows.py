@@ -28,9 +28,9 @@ class WindowPlan:
     fade: int
 
     @classmethod
-    def make(cls, num_samples: int, sample_rate: int, unit: int) -> WindowPlan:
-        """For windows of whole tokens, one every `unit` samples."""
-        size = max(1, int(WINDOW_SECONDS * sample_rate) // unit) * unit
+    def make(cls, num_samples: int, sample_rate: int, unit: int, largest: int) -> WindowPlan:
+        """For windows of whole tokens, one every `unit` samples, and of no more than `largest` samples."""
+        size = max(1, min(int(WINDOW_SECONDS * sample_rate), largest) // unit) * unit
         overlap = min(int(OVERLAP_SECONDS * sample_rate), size // 2)
         if num_samples <= size:
             return cls((0,), -(-num_samples // unit) * unit, overlap)

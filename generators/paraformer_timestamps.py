@@ -49,7 +49,8 @@ class TimestampHead(nn.Module):
         with torch.autocast(frames_BTW.device.type, enabled=False):
             fine_BUW = self.spread(frames_BTW.float().transpose(1, 2)).transpose(1, 2)
             if self.lstm is not None:
-                fine_BUW = self._recur(fine_BUW, None if reads_padding else lengths_B * self.times)
+                is_full = reads_padding or bool((lengths_B >= frames_BTW.shape[1]).all())
+                fine_BUW = self._recur(fine_BUW, None if is_full else lengths_B * self.times)
             rates_BU = F.relu(self.out(fine_BUW)[..., 0].sigmoid() * self.factor - self.threshold)
             inside_BU = torch.arange(rates_BU.shape[1], device=lengths_B.device) < lengths_B[:, None] * self.times
             return rates_BU * inside_BU

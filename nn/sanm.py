@@ -3,7 +3,8 @@
 The memory carries what is near, the attention what is far. Layers of the encoder have both. Layers of the parallel
 decoder have the memory alone between their tokens, and attend to what the encoder read.
 
-Every LayerNorm has eps 1e-12 but where it says otherwise.
+Every LayerNorm has eps 1e-12 but where it says otherwise. Sums are made in place, in what a product or a convolution
+has just returned: nothing else needs that, not even a gradient.
 
 Shape suffixes: B batch, L positions, T positions of the encoder's output, W width, H heads, D head width, F features.
 """
@@ -54,7 +55,7 @@ class Memory(nn.Module):
         image_BWL1 = (x_BLW if pad else F.pad(x_BLW, (0, 0, before, after))).transpose(1, 2)[..., None]
         weight = widened(self.weight, x_BLW)[..., None]
         y_BWL1 = F.conv2d(image_BWL1, weight, padding=(pad, 0), groups=x_BLW.shape[2])
-        y_BLW = self.dropout(y_BWL1[..., 0].transpose(1, 2) + x_BLW)
+        y_BLW = self.dropout(y_BWL1[..., 0].transpose(1, 2).add_(x_BLW))
         return y_BLW if inside_BL is None else y_BLW * inside_BL[..., None]
 
 
@@ -71,7 +72,7 @@ class SelfAttention(nn.Module):
         q_BLW, k_BLW, v_BLW = self.qkv(x_BLF).chunk(3, dim=-1)
         remembered_BLW = self.memory(v_BLW, inside_BL)
         y_BLW = _attend(q_BLW, k_BLW, v_BLW, self.num_heads, inside_BL, self.dropout if self.training else 0.0)
-        return self.out(y_BLW) + remembered_BLW
+        return self.out(y_BLW).add_(remembered_BLW)
 
 
 class CrossAttention(nn.Module):
@@ -110,7 +111,7 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_BLW: Tensor) -> Tensor:
-        return self.fc2(self.norm(self.dropout(F.relu(self.fc1(x_BLW)))))
+        return self.fc2(self.norm(self.dropout(F.relu_(self.fc1(x_BLW)))))
 
 
 class EncoderLayer(nn.Module):
@@ -129,8 +130,8 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x_BLF: Tensor, inside_BL: Tensor | None) -> Tensor:
         y_BLW = self.dropout(self.attn(self.norm1(x_BLF), inside_BL))
-        x_BLW = x_BLF + y_BLW if self.is_residual else y_BLW
-        return x_BLW + self.dropout(self.mlp(self.norm2(x_BLW)))
+        x_BLW = y_BLW.add_(x_BLF) if self.is_residual else y_BLW
+        return self.dropout(self.mlp(self.norm2(x_BLW))).add_(x_BLW)
 
 
 class Encoder(nn.Module):
@@ -216,11 +217,11 @@ class DecoderLayer(nn.Module):
         x_BLW = self.remember(x_BLW, inside_BL)
         if self.cross is None:
             return x_BLW
-        return x_BLW + self.dropout(self.cross(self.norm3(x_BLW), frames_BTW, inside_BT))
+        return self.dropout(self.cross(self.norm3(x_BLW), frames_BTW, inside_BT)).add_(x_BLW)
 
     def remember(self, x_BLW: Tensor, inside_BL: Tensor | None) -> Tensor:
         """The layer up to its attention."""
-        return x_BLW + self.dropout(self.memory(self.norm2(self.mlp(self.norm1(x_BLW))), inside_BL))
+        return self.dropout(self.memory(self.norm2(self.mlp(self.norm1(x_BLW))), inside_BL)).add_(x_BLW)
 
 
 class DecoderStack(nn.Module):

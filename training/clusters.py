@@ -23,7 +23,7 @@ def fit_clusters(features_ND: Tensor, num_clusters: int, rng: torch.Generator) -
     """
     if len(features_ND) < num_clusters:
         raise InvalidInput(f"{len(features_ND)} features are too few for {num_clusters} clusters")
-    centres_KD, before_N = _start(features_ND, num_clusters, rng), None
+    centres_KD, before_N = spread_start(features_ND, num_clusters, rng), None
     for _ in range(MAX_ROUNDS):
         nearest_N = nearest_code(features_ND, centres_KD)
         if before_N is not None and torch.equal(nearest_N, before_N):
@@ -39,7 +39,7 @@ def fit_clusters(features_ND: Tensor, num_clusters: int, rng: torch.Generator) -
     return centres_KD
 
 
-def _start(features_ND: Tensor, num_clusters: int, rng: torch.Generator) -> Tensor:
+def spread_start(features_ND: Tensor, num_clusters: int, rng: torch.Generator) -> Tensor:
     """k-means++ (Arthur and Vassilvitskii 2007): each next centre is drawn by its squared distance to the nearest."""
     kept = torch.randperm(len(features_ND), generator=rng)[: max(CANDIDATES, num_clusters)]
     pool_ND = features_ND[kept.to(features_ND.device)]

@@ -40,7 +40,8 @@ def replay_language_models(replay: Replay) -> None:
             continue
         lm = build(GPT2, gense.lm_arguments(config, weights, name), gense.lm_weights(config, weights, name))
         ids_BL, positions_BL = replay.input(f"{name}.ids"), replay.input(f"{name}.positions")
-        with torch.no_grad(), outputs_of(lm.blocks[0]) as first:
+        first_layer = lm.blocks[0] if len(lm.blocks) > 1 else lm.ln_f  # the library counts the norm to the last block
+        with torch.no_grad(), outputs_of(first_layer) as first:
             logits_BLV = lm.logits(lm(ids_BL, positions_BL))
         replay.check(f"{name}.hidden1", first[0], HIDDEN)
         replay.check(f"{name}.logits", logits_BLV, HIDDEN)

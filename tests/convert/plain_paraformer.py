@@ -279,3 +279,65 @@ def training(w, config, speech, lengths, text, counts, orders):
     recorded |= {f"grad.{name}": value.grad for name, value in w.items() if value.grad is not None}
     config["glance"] = glance
     return recorded
+
+
+# Hotwords.
+
+
+def lstm(w, at, x):
+    """Two layers over one sequence [T, D]."""
+    for layer in range(2):
+        gates = {part: w[f"{at}.{part}_l{layer}"] for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")}
+        h = c = torch.zeros(x.shape[1])
+        outputs = []
+        for now in x:
+            every = gates["weight_ih"] @ now + gates["bias_ih"] + gates["weight_hh"] @ h + gates["bias_hh"]
+            enter, forget, cell, leave = every.chunk(4)
+            c = forget.sigmoid() * c + enter.sigmoid() * cell.tanh()
+            h = leave.sigmoid() * c.tanh()
+            outputs.append(h)
+        x = torch.stack(outputs)
+    return x
+
+
+def seaco_shapes(config, width, vocab_size):
+    shapes = encoder_shapes(config, "encoder.") | predictor_shapes(config["predictor_conf"], at="predictor.")
+    shapes |= {"predictor.upsample_cnn.weight": (width, width, 3), "predictor.upsample_cnn.bias": (width,)}
+    shapes |= dense("predictor.cif_output2", 1, 2 * width)
+    for end in ("", "_reverse"):
+        shapes |= lstm_shapes("predictor.blstm", f"_l0{end}", width)
+    shapes |= decoder_shapes(config["decoder_conf"], width, vocab_size, "decoder.")
+    shapes |= decoder_shapes(config["seaco_decoder_conf"] | {"att_layer_num": 6}, width, at="seaco_decoder.")
+    for layer in range(2):
+        shapes |= lstm_shapes("bias_encoder", f"_l{layer}", width)
+    return shapes | dense("hotword_output_layer", vocab_size, width)
+
+
+def lstm_shapes(at, end, width):
+    matrices = {f"{at}.weight_{kind}{end}": (4 * width, width) for kind in ("ih", "hh")}
+    return matrices | {f"{at}.bias_{kind}{end}": (4 * width,) for kind in ("ih", "hh")}
+
+
+def seaco(w, config, feats, lengths, weight):
+    """The recorded tensors of kind seaco, with the hotwords of the config."""
+    frames = encoder(w, config, feats, lengths, "encoder.")["out"]
+    conf, dec = config["predictor_conf"], config["decoder_conf"]
+    a = rates(w, conf, frames, mask_of(lengths, feats.shape[1]), "predictor.")
+    tailed, a = with_tail(frames, a, lengths, conf["tail_threshold"])
+    counts = [int(row.sum()) for row in a]
+    embeds = fire(tailed, a)[0][:, : max(counts)]
+    hidden = decoder(w, dec, embeds, counts, frames, lengths, "decoder.")["after_norm"]
+    plain = linear(w, "decoder.output_layer", hidden).log_softmax(-1)
+    words = [w["decoder.embed.0.weight"][torch.tensor(ids)] for ids in config["hotwords"]]
+    vectors = torch.stack([lstm(w, "bias_encoder", word)[-1] for word in words])
+    memory, sizes = vectors[None].repeat(len(feats), 1, 1), [len(vectors)] * len(feats)
+    hot_conf = config["seaco_decoder_conf"] | {"att_layer_num": 6}
+    read = sum(decoder(w, hot_conf, x, counts, memory, sizes, "seaco_decoder.")["after_norm"] for x in (embeds, hidden))
+    hot = linear(w, "hotword_output_layer", read).log_softmax(-1)
+    is_none = (hot.argmax(-1) == config["NO_BIAS"]).float()[..., None]
+    keep = (is_none + (1 - weight) / weight) * weight
+    return {
+        "feats": feats, "feats_lens": torch.as_tensor(lengths), "encoder_out": frames, "acoustic_embeds": embeds,
+        "token_num": torch.tensor(counts).float(), "hotword.embeds": vectors, "no_hotword.log_probs": plain,
+        f"hotword_w{weight:.1f}.log_probs".replace("w0.", "w0"): keep * plain + (1 - keep) * hot,
+    }  # fmt: skip

@@ -68,7 +68,8 @@ def test_the_unreleased_discriminator():
 
 
 def test_every_released_model_has_a_manifest():
-    released = {entry.name for entry in mt.models() if not entry.is_shipped and entry.kind == "tokenizer"}
+    entries = [entry for entry in mt.models() if entry.modality == "image" and entry.kind == "tokenizer"]
+    released = {entry.name for entry in entries if not entry.is_shipped}
     assert released == {model_name(path) for path in MANIFESTS} | {"kl16"}
 
 

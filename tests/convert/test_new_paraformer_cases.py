@@ -25,6 +25,15 @@ plain = load_beside("plain_paraformer")
 DROPS = {"dropout_rate": 0.1, "attention_dropout_rate": 0.1}
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Thousands of tiny operations, which more threads only slow down."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def draw_weights(shapes, seed):
     """No bias and no norm is trivial."""
     rng = torch.Generator().manual_seed(seed)
@@ -161,6 +170,26 @@ def test_training(tmp_path, width, heads, size, vocab_size, counts, ratio, per_t
     for row, count in enumerate(counts):
         text[row, count:] = -1
     io = plain.training(weights, config, speech, lengths, text, torch.tensor(counts), orders)
+    replay(tmp_path / "new", config, weights, io)
+
+
+@pytest.mark.parametrize(("weight", "no_hotword", "lengths"), [(0.7, 5, (14, 20, 9)), (0.3, 0, (11,))])
+def test_hotwords(tmp_path, weight, no_hotword, lengths):
+    width, vocab_size = 24, 13
+    config = official(model="SeacoParaformer", predictor="CifPredictorV3", kind="seaco", hotwords=[[3, 4], [7], [1]])
+    config["predictor_conf"] |= {
+        "idim": width,
+        "upsample_times": 3,
+        "use_cif1_cnn": False,
+        "upsample_type": "cnn_blstm",
+    }
+    config |= encoder_config(width, 2, 24, 2, 5, 28) | decoder_config(2, 24, 2, 2, 5)
+    hotword_conf = {"attention_heads": 3, "linear_units": 20, "num_blocks": 4, "kernel_size": 7, "sanm_shfit": 0}
+    config |= {"seaco_decoder": "ParaformerSANMDecoder", "seaco_decoder_conf": hotword_conf, "inner_dim": width}
+    config |= {"bias_encoder_type": "lstm", "NO_BIAS": no_hotword}
+    weights = draw_weights(plain.seaco_shapes(config, width, vocab_size), seed=4)
+    feats = torch.randn(len(lengths), max(lengths), 28, generator=torch.Generator().manual_seed(5))
+    io = plain.seaco(weights, config, feats, list(lengths), weight)
     replay(tmp_path / "new", config, weights, io)
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from mediatok.core.images import fit_square, to_pixels
-from mediatok.evaluation import evaluate as evaluation
 from mediatok.evaluation import metrics
+from mediatok.evaluation import report as reports
 from PIL import Image
 
 SIZES = {
@@ -47,7 +47,7 @@ def test_figures_equal_a_plain_computation(tokenizer, folder):
     assert report.figures["bits per pixel (.mtok file)"] == pytest.approx(8 * np.mean(sizes) / 32**2)
     assert report.figures["bits per pixel (ids alone)"] == pytest.approx(8 * 6 / 32**2)
     assert report.num_tokens == 8
-    assert report.protocol.num_images == 5
+    assert report.protocol.num_items == 5
     assert report.protocol.set_name == "set"
     assert -1 <= report.figures["SSIM"] <= 1
 
@@ -72,22 +72,28 @@ def test_set_hash_depends_on_content_alone(tokenizer, folder, tmp_path):
 def test_report_survives_its_file(tokenizer, folder, tmp_path):
     report = mt.evaluate(tokenizer, folder)
     report.save(tmp_path / "report.json")
-    assert evaluation.Report.load(tmp_path / "report.json") == report
+    assert reports.Report.load(tmp_path / "report.json") == report
     for text in ("{}", "[]", "no json", '{"protocol": {"x": 1}, "figures": {}}'):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(mt.InvalidInput, match=r"bad\.json"):
-            evaluation.Report.load(tmp_path / "bad.json")
+            reports.Report.load(tmp_path / "bad.json")
 
 
 def test_compare_refuses_other_protocols(tokenizer, folder):
     report = mt.evaluate(tokenizer, folder)
-    assert "+0.0000" in evaluation.compare(report, report)
+    assert "+0.0000" in reports.compare(report, report)
     renamed = dataclasses.replace(report.protocol, set_name="other name")
-    assert evaluation.compare(report, dataclasses.replace(report, protocol=renamed))
-    for change in ({"set_sha256": "0"}, {"image_size": 64}, {"preprocessing": "none"}, {"feature_nets": {"rFID": "0"}}):
+    assert reports.compare(report, dataclasses.replace(report, protocol=renamed))
+    for change in (
+        {"set_sha256": "0"},
+        {"num_items": 4},
+        {"preprocessing": "none"},
+        {"settings": {"caption": "x"}},
+        {"feature_nets": {"rFID": "0"}},
+    ):
         other = dataclasses.replace(report, protocol=dataclasses.replace(report.protocol, **change))
         with pytest.raises(mt.InvalidInput, match=next(iter(change))):
-            evaluation.compare(report, other)
+            reports.compare(report, other)
 
 
 def test_text_names_everything(tokenizer, folder):
@@ -103,7 +109,7 @@ def test_bad_pictures_raise_or_are_left_out(tokenizer, folder):
     failed = []
     report = mt.evaluate(tokenizer, folder, on_error=lambda source, error: failed.append(source.name))
     assert failed == ["bad.png"]
-    assert report.protocol.num_images == 5
+    assert report.protocol.num_items == 5
     with pytest.raises(mt.InvalidInput, match="none of the 1"):
         mt.evaluate(tokenizer, [folder / "bad.png"], on_error=lambda *args: None)
 

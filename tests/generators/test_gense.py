@@ -207,7 +207,7 @@ def test_only_matrices_decay():
 def test_windows_cover_a_clip_and_join_to_it(monkeypatch, num_samples):
     monkeypatch.setattr(gense_windows, "WINDOW_SECONDS", 0.2)
     monkeypatch.setattr(gense_windows, "OVERLAP_SECONDS", 0.02)
-    plan = WindowPlan.make(num_samples, RATE, 320)
+    plan = WindowPlan.make(num_samples, RATE, 320, 10**6)
     samples = torch.randn(num_samples, generator=torch.Generator().manual_seed(num_samples))
     windows = plan.windows(samples)
     assert windows.shape == (len(plan.starts), plan.size)
@@ -223,7 +223,7 @@ def test_windows_cover_a_clip_and_join_to_it(monkeypatch, num_samples):
 def test_windows_fade_into_each_other(monkeypatch):
     monkeypatch.setattr(gense_windows, "WINDOW_SECONDS", 0.2)
     monkeypatch.setattr(gense_windows, "OVERLAP_SECONDS", 0.02)
-    plan = WindowPlan.make(6000, RATE, 320)
+    plan = WindowPlan.make(6000, RATE, 320, 10**6)
     assert plan.starts == (0, 2800)
     joined = plan.join(torch.stack([torch.zeros(3200), torch.ones(3200)]))
     assert joined[:2840].max() == 0  # the fade of 320 samples is in the middle of the overlap of 400
@@ -276,6 +276,17 @@ def test_a_window_is_what_the_tokens_say(enhancer):
     _, written = enhancer.generate_ids(semantic, acoustic, enhancer.settings(), rngs(6))
     expected = enhancer.codec.decode_ids(written)
     torch.testing.assert_close(enhancer.enhance(audio, seed=6).samples, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("positions", [{"n2s_positions": 9}, {"s2s_positions": 1015}])
+def test_windows_are_as_short_as_the_positions(enhancer, positions):
+    """8 semantic tokens, or 16 acoustic ones: 2560 samples."""
+    generator = model(**positions)
+    generator.use_tokenizers(enhancer.semantic_tokenizer, enhancer.codec)
+    assert generator.window_plan(10 * RATE).size == 2560
+    assert generator.enhance(sound(0.4), seed=0).samples.shape == (1, 6400)
+    with pytest.raises(LimitExceeded, match="any sound"):
+        model(with_tokenizers=True, s2s_positions=1000).enhance(sound(0.1))
 
 
 def test_progress_is_told_and_can_be_stopped(enhancer, short_windows):

@@ -10,9 +10,9 @@ Shape suffixes: B batch, T samples, L frames, C channels, Q codebooks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from copy import deepcopy
 from functools import reduce
 from math import ceil, floor, gcd, prod
+from operator import attrgetter
 
 import torch
 import torch.nn.functional as F
@@ -306,12 +306,14 @@ class SimCodec(SpeechTokenizer):
                 weight_norm(module)
 
     def save_pretrained(self, save_directory, *args, **options) -> None:
-        if any(parametrize.is_parametrized(module) for module in self.modules()):
-            plain = deepcopy(self)
-            plain.set_weight_norm(False)
-            plain.save_pretrained(save_directory, *args, **options)
-        else:
+        if not any(parametrize.is_parametrized(module) for module in self.modules()):
             super().save_pretrained(save_directory, *args, **options)
+            return
+        with torch.device("meta"):
+            plain = SimCodec(**{key: value for key, value in self.config.items() if not key.startswith("_")})
+        # A copy of this model would share the classes that weight norm made for its layers.
+        plain.load_state_dict({name: attrgetter(name)(self).detach() for name in plain.state_dict()}, assign=True)
+        plain.save_pretrained(save_directory, *args, **options)
 
     @torch.no_grad()
     def _initialise(self) -> None:

@@ -1,19 +1,25 @@
-"""The command line in this process, with two small random models in the place of the shipped ones."""
+"""The command line in this process, with small random models in the place of the shipped ones."""
 
 import re
 import signal
 from dataclasses import dataclass
 from pathlib import Path
 
+import mediatok as mt
 import numpy as np
 import pytest
 import torch
 from diffusers.utils import logging
 from mediatok.app import cli
 from mediatok.core import registry
+from mediatok.generators.gense import GenSE
+from mediatok.generators.paraformer import Paraformer
+from mediatok.generators.speak import Speak
 from mediatok.tokenizers.image.kl_vae import KLAutoencoder
 from mediatok.tokenizers.image.one_d_piece import OneDPiece
 from mediatok.tokenizers.image.titok import TiTok
+from mediatok.tokenizers.speech.semantic import SemanticTokenizer
+from mediatok.tokenizers.speech.simcodec import SimCodec
 from PIL import Image
 
 SIZES = {
@@ -21,6 +27,34 @@ SIZES = {
     "codebook_size": 64, "is_legacy": False, "has_pixel_decoder": False, "encoder_width": 64, "encoder_depth": 1,
     "encoder_heads": 2, "decoder_width": 64, "decoder_depth": 1, "decoder_heads": 2,
 }  # fmt: skip
+
+CODEC = {
+    "en_filters": 2, "de_filters": 2, "vq_dim": 8, "resblock_kernel_sizes": (3,),
+    "resblock_dilation_sizes": ((1, 1, 1),), "n_codes": 64,
+}  # fmt: skip
+SEMANTIC = {
+    "layer": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "conv_dim": (8,) * 7,
+    "pos_conv_kernel": 8, "pos_conv_groups": 2, "num_clusters": 16,
+}  # fmt: skip
+GENSE = {
+    "num_semantic": 16, "num_acoustic": 64, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "n2s_positions": 600, "s2s_positions": 1600,
+}  # fmt: skip
+WORDS = ("<blank>", "<s>", "</s>", "the", "cat", "sat", "on", "mat", "now", "<unk>")
+PARAFORMER = {
+    "vocab_size": len(WORDS), "tokens": WORDS, "width": 16, "encoder_depth": 1, "encoder_heads": 2,
+    "encoder_mlp_width": 32, "decoder_depth": 1, "decoder_heads": 2, "decoder_mlp_width": 32,
+}  # fmt: skip
+SPEAK = {
+    "vocab_size": 64, "width": 16, "encoder_depth": 1, "encoder_heads": 2, "encoder_mlp_width": 32, "decoder_depth": 1,
+    "decoder_heads": 2, "decoder_mlp_width": 32,
+}  # fmt: skip
+SPEECH_MODELS = {
+    "simcodec-tiny": ("SimCodec", "tokenizer"),
+    "gense-tiny": ("GenSE", "generator"),
+    "paraformer-tiny": ("Paraformer", "generator"),
+    "speak-tiny": ("Speak", "generator"),
+}
 
 
 @dataclass
@@ -33,7 +67,7 @@ class Result:
     def error_lines(self) -> list[str]:
         """What stderr holds besides the progress bar."""
         parts = self.err.replace("\r", "\n").split("\n")
-        return [part for part in parts if part.strip() and not re.search(r"\d+/\d+ \[", part)]
+        return [part for part in parts if part.strip() and not re.search(r"\d+/\d+ (s )?\[", part)]
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +81,11 @@ def shipped(tmp_path_factory) -> Path:
         "another": TiTok(**SIZES),
         "continuous": TiTok(**SIZES | {"quantizer": "vae"}),
         "kl-tiny": KLAutoencoder(64, 2, (8, 8), 1, 4),
+        "simcodec-tiny": SimCodec(**CODEC),
+        "semantic": SemanticTokenizer(**SEMANTIC),
+        "paraformer-tiny": Paraformer(**PARAFORMER),
+        "speak-tiny": Speak(**SPEAK, codec="simcodec-tiny"),
+        "gense-tiny": GenSE(**GENSE, codec="simcodec-tiny", semantic_tokenizer=str(folder / "semantic")),
     }.items():
         model.save_pretrained(folder / name)
     return folder
@@ -56,6 +95,9 @@ def shipped(tmp_path_factory) -> Path:
 def run(shipped, monkeypatch, capsys, tmp_path):
     """Call `mediatok` with arguments, inside `tmp_path`; returns its exit code, stdout and stderr."""
     monkeypatch.setattr(registry, "PRETRAINED", shipped)
+    for name, (class_name, kind) in SPEECH_MODELS.items():
+        entry = registry.ModelEntry(name, class_name, "Apache-2.0", 1, "small", kind=kind, modality="speech")
+        monkeypatch.setitem(registry.ENTRIES, name, entry)
     monkeypatch.delenv(cli.DEBUG_VARIABLE, raising=False)
     monkeypatch.chdir(tmp_path)
     logging.set_verbosity_error()  # as the environment variable does where diffusers is not imported yet
@@ -81,4 +123,32 @@ def photos(tmp_path) -> Path:
     rng = np.random.default_rng(0)
     for name, (height, width) in {"a.png": (40, 60), "b.jpg": (32, 32), "more/c.webp": (90, 50)}.items():
         Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / name)
+    return folder
+
+
+@pytest.fixture
+def voice():
+    """A function that makes something like speech: syllables of a gliding voice, from a seed."""
+    return make_voice
+
+
+def make_voice(seconds: float, rate: int = 16000, channels: int = 1, seed: int = 0) -> mt.Waveform:
+    rng = torch.Generator().manual_seed(seed)
+    time = torch.arange(round(seconds * rate)) / rate
+    pitch = 120 + 30 * torch.sin(2 * torch.pi * 0.7 * time + seed)
+    phase = 2 * torch.pi * torch.cumsum(pitch / rate, dim=0)
+    tone = sum(torch.sin(k * phase) / k for k in range(1, 20))
+    syllables = torch.sin(2 * torch.pi * 2 * time).clamp(min=0)
+    noise = 0.01 * torch.randn(channels, len(time), generator=rng)
+    return mt.Waveform(0.2 * (tone * syllables) + noise, rate)
+
+
+@pytest.fixture
+def sounds(tmp_path, voice) -> Path:
+    """A folder with three clips of different lengths, rates, channels and formats, one of them in a subfolder."""
+    folder = tmp_path / "sounds"
+    (folder / "more").mkdir(parents=True)
+    voice(1.3).save(folder / "a.wav")
+    voice(0.8, rate=44100, channels=2, seed=1).save(folder / "b.flac")
+    voice(1.0, rate=24000, seed=2).save(folder / "more/c.ogg")
     return folder

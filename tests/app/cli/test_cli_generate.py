@@ -223,7 +223,10 @@ def test_generators_and_tokenizers_are_told_apart(run, made, photos, shipped, mo
     assert "is a generator" in run("encode", photos / "a.png", "--model", "maskgit-titok-l32").err
     result = run("generate", "titok-l32", "food")
     assert result.code == 2
-    assert "titok-l32 is a tokenizer, and this takes a generator. Did you mean 'maskgit-titok-l32'" in result.err
+    assert (
+        "titok-l32 is a tokenizer, and this takes a generator that makes pictures. Did you mean 'maskgit-titok-l32'"
+        in result.err
+    )
     assert "is a tokenizer" in run("generate", shipped / "another").err
     assert "Did you mean 'maskgit-titok-l32'" in run("generate", "maskgit-titok-l3").err
     assert "kind" in run("models").out.splitlines()[0]

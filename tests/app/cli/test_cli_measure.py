@@ -4,6 +4,7 @@ import json
 import subprocess
 from pathlib import Path
 
+import mediatok as mt
 import pytest
 from mediatok.app import cli_train
 from mediatok.core import registry
@@ -26,7 +27,7 @@ def test_evaluate_prints_the_protocol(run, photos):
     ):
         assert words in result.out
     report = json.loads(Path("report.json").read_text())
-    assert report["protocol"]["num_images"] == 3
+    assert report["protocol"]["num_items"] == 3
     assert json.loads(run("evaluate", photos, "--json").out)["figures"] == report["figures"]
 
 
@@ -37,7 +38,7 @@ def test_evaluate_compares_like_with_like_only(run, photos):
     assert "difference" in result.out
     result = run("evaluate", photos / "a.png", "--against", "report.json")
     assert result.code == 2
-    assert "num_images" in result.error_lines[0]
+    assert "num_items" in result.error_lines[0]
 
 
 def test_evaluate_in_bfloat16(run, photos):
@@ -120,9 +121,91 @@ def test_train_checks_then_launches(run, monkeypatch, tmp_path):
     assert command[command.index("--num_processes") + 1] == "2"
 
 
+@pytest.mark.parametrize(
+    ("recipe", "module"),
+    [("simcodec-tiny", "codec"), ("paraformer-tiny", "speech"), ("xar-tiny", "generator"), ("kl-tiny", "tokenizer")],
+)
+def test_every_kind_of_recipe_has_its_module(recipe, module):
+    path = cli_train.find_recipe(recipe)
+    assert cli_train.check_recipe(path, ["run.steps=50000"]) == f"mediatok.training.{module}"
+    with pytest.raises(mt.InvalidRecipe, match="run"):
+        cli_train.check_recipe(path, ["run.stepz=7"])
+
+
 @pytest.mark.parametrize(("code", "expected"), [(0, 0), (1, 2), (-2, 130), (130, 130)])
 def test_train_exit_codes(run, monkeypatch, code, expected):
     monkeypatch.setattr(subprocess.Popen, "__init__", lambda self, command: None)
     monkeypatch.setattr(subprocess.Popen, "__del__", lambda self: None)
     monkeypatch.setattr(subprocess.Popen, "wait", lambda self: code)
     assert run("train", "titok-tiny").code == expected
+
+
+def test_evaluate_speech(run, sounds):
+    (sounds / "transcripts.tsv").write_text("a\tthe cat sat\nb\ton the mat\nc\tnow\n")
+    result = run("evaluate", sounds, "--recogniser", "paraformer-tiny", "--out", "report.json")
+    assert result.code == 0, result.err
+    for words in (
+        "sounds: 3 clips", "sha256", "mono, 16,000 samples a second", "STOI", "SI-SDR (dB)", "log-mel distance",
+        "bits per second (ids alone)", "tokens per second", "seconds coded in a second", "word error rate (originals)",
+        "character error rate (decoded)", "paraformer-tiny, sha256",
+    ):  # fmt: skip
+        assert words in result.out
+    report = json.loads(Path("report.json").read_text())
+    assert report["protocol"]["num_items"] == 3
+    assert report["figures"]["bits per second (ids alone)"] == pytest.approx(50 * 6, rel=0.02)
+    other = run("evaluate", sounds, "--recogniser", "paraformer-tiny", "--against", "report.json")
+    assert other.code == 0
+    assert "difference" in other.out
+    result = run("evaluate", sounds, "--against", "report.json")
+    assert result.code == 2
+    assert "feature_nets" in result.error_lines[0]
+
+
+def test_evaluate_a_split(run, sounds):
+    (sounds / "splits.json").write_text('{"train": ["a", "c"], "val": ["b"]}')
+    assert "sounds val: 1 clips" in run("evaluate", sounds, "--split", "val").out
+    assert "sounds train: 2 clips" in run("evaluate", sounds, "--split", "train").out
+    for arguments, words in {
+        (sounds, "--split", "test"): "none of the 3 clips",
+        (sounds, "--split", "dev"): "none of train, val, test",
+        (sounds / "a.wav", "--split", "val"): "splits.json",
+        (sounds / "more", "--split", "val"): "splits.json",
+    }.items():
+        result = run("evaluate", *arguments)
+        assert result.code == 2
+        assert len(result.error_lines) == 1
+        assert words in result.error_lines[0]
+
+
+def test_evaluate_speech_refuses(run, sounds, photos):
+    clip, picture = sounds / "a.wav", photos / "a.png"
+    for arguments, words in {
+        (clip, "--transcripts", "x.tsv"): "--recogniser",
+        (clip, "--recogniser", "paraformer-tiny"): "error rates need what is said",
+        (clip, "--recogniser", "paraformer-tiny", "--transcripts", "missing.tsv"): "missing.tsv",
+        (clip, "--recogniser", "gense-tiny"): "cleans speech",
+        (clip, "--recogniser", "simcodec-tiny"): "is a tokenizer",
+        (clip, "--lpips-weights", "x.pth"): "--lpips-weights",
+        (clip, "--against", "missing.json"): "missing.json",
+        (picture, "--recogniser", "paraformer-tiny"): "--recogniser cannot be used with pictures",
+        (picture, "--dnsmos"): "--dnsmos",
+    }.items():
+        result = run("evaluate", *arguments)
+        assert result.code == 2, arguments
+        assert len(result.error_lines) == 1, result.err
+        assert words in result.error_lines[0]
+
+
+def test_rate_of_speech(run, sounds):
+    result = run("rate", sounds)
+    assert result.code == 0
+    lines = result.out.splitlines()
+    assert lines[0] == "simcodec-tiny: 3 clips"
+    assert [line.split()[0] for line in lines[3:6]] == ["simcodec-tiny", "Opus", "Opus"]
+    with Image.open("sounds-rate.png") as plot:
+        assert plot.width > 300
+    table = json.loads(run("rate", sounds / "a.wav", "--json").out)
+    assert table["clips"] == 1
+    assert {point["codec"] for point in table["points"]} == {"simcodec-tiny", "Opus", "Vorbis"}
+    assert (sounds / "a.rate.png").is_file()
+    assert run("rate", sounds / "a.wav", "--lengths", "1,2").code == 2
