@@ -59,8 +59,9 @@ def load_generator(
     known, model = find_class(name), None
     if known is None:
         if "/" not in name and not Path(name).exists():
-            hint = nearest_names(name, _names(action))
-            raise ModelNotFound(f"{name!r} is neither a known model nor a folder here.{hint}")
+            hint = nearest_names(name, _names(action)) or " `mediatok models` lists the known ones."
+            what = f"{name!r} is neither a known model nor a folder here"
+            raise ModelNotFound(f"{what}; --model names one that {ACTIONS[action]}.{hint}")
         model = registry.load(name, device=device, dtype=dtype)
         known = type(model)
     if not hasattr(known, action):

@@ -8,11 +8,16 @@ also where only ids are asked for. Parameter names are `mediatok`'s, but for wei
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 
 
 def conv(*sizes: int, **options: int) -> nn.Module:
     return weight_norm(nn.Conv1d(*sizes, **options))
+
+
+def pairs(config, first: str, second: str) -> list[tuple]:
+    return list(zip(config[first], config[second], strict=True))
 
 
 class ResBlock(nn.Module):
@@ -62,7 +67,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
-        width, blocks = config.de_filters * 2 ** len(config.upsample_rates), []
+        width = config.de_filters * 2 ** len(config.upsample_rates)
         blocks = list(zip(config.resblock_kernel_sizes, config.resblock_dilation_sizes, strict=True))
         self.conv_pre = conv(config.vq_dim, width, 7, padding=3)
         self.ups, self.resblocks = nn.ModuleList(), nn.ModuleList()
@@ -95,13 +100,14 @@ class PlainSimCodec(nn.Module):
     def copy_from(self, model: nn.Module) -> "PlainSimCodec":
         """Take the weights of a `mediatok` SimCodec."""
         for name, value in model.state_dict().items():
-            if name == "quantize.codebooks.0":
-                self.codebook.weight.data.copy_(value)
-                continue
             layer, _, kind = name.rpartition(".")
-            setattr(self.get_submodule(layer), kind, nn.Parameter(value.clone())) if not hasattr(
-                self.get_submodule(layer), "parametrizations"
-            ) or kind == "bias" else setattr(self.get_submodule(layer), kind, value)
+            if layer == "quantize.codebooks":
+                self.codebook.weight.data.copy_(value)
+            elif kind == "weight":  # where there is weight norm, this sets its two factors
+                module = self.get_submodule(layer)
+                module.weight = value if parametrize.is_parametrized(module) else nn.Parameter(value.clone())
+            else:
+                self.get_submodule(layer).bias.data.copy_(value)
         return self
 
     def quantize(self, latent_BCL: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -123,7 +123,10 @@ def _inner_encoder(layer: EncoderLayer, x_BLF: Tensor, inside_BL: Tensor) -> dic
     parts |= {"attn": layer.attn, "ff": layer.mlp}
 
     def keep(name: str):
-        return lambda module, args, output: outputs.__setitem__(f"layer0.{name}", output)
+        def hook(module, args, output) -> None:
+            outputs[f"layer0.{name}"] = output.clone()  # sums are made in its place
+
+        return hook
 
     handles = [module.register_forward_hook(keep(name)) for name, module in parts.items()]
     layer(x_BLF, inside_BL)
