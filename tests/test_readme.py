@@ -9,6 +9,7 @@ from pathlib import Path
 
 import mediatok
 import pytest
+import torch
 
 ROOT = Path(mediatok.__file__).parent
 README = (ROOT / "README.md").read_text()
@@ -21,6 +22,8 @@ def checkout(tmp_path_factory):
     """A folder that has what the examples name."""
     folder = tmp_path_factory.mktemp("readme")
     shutil.copytree(ROOT / "docs" / "samples", folder / "docs" / "samples")
+    tone = 0.3 * torch.sin(torch.arange(32000) * 0.1)
+    mediatok.Waveform(tone, 16000).save(folder / "talk.wav")
     return folder
 
 

@@ -368,8 +368,9 @@ def test_bad_clip_is_a_message_and_changes_nothing(speech):
         (wav(torch.zeros(611 * RATE), "FLAC"), "10 minutes"),
     ):
         upload(speech, data, "talk.wav")
-        speech.toasts.get_by_text(reason).first.wait_for()
-        message = speech.toasts.first.inner_text()
+        toast = speech.toasts.filter(has_text=reason).first
+        toast.wait_for()
+        message = toast.inner_text()
         assert "talk.wav" in message
         assert "Traceback" not in message
         speech.forget_toasts()
@@ -378,6 +379,7 @@ def test_bad_clip_is_a_message_and_changes_nothing(speech):
 
 
 def test_stop_ends_this_users_work_alone(speech, other_user):
+    speech.forget_toasts()
     page, before = speech.page, facts(speech)
     upload(speech, wav(torch.zeros(590 * RATE), "FLAC"), "long.flac")
     page.locator("#speech-codec-progress").get_by_text("of 590.0 s").wait_for()
