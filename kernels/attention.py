@@ -3,7 +3,7 @@
 torch's fused CPU kernel walks over blocks of keys. It saves memory, and with the few tokens of token sequences it takes
 up to twice as long as writing the scores out, in bfloat16 always (`benchmarks/attention.py` times inference).
 
-Shape suffixes: B batch, H heads, L queries, T keys, D head width.
+Shape suffixes: B batch, H heads, N = B*H, L queries, I one query, T keys, D head width.
 """
 
 from __future__ import annotations
@@ -29,6 +29,24 @@ def attention(
     if mask is not None:
         scores_BHLT = scores_BHLT.masked_fill(~mask, float("-inf"))
     return F.dropout(scores_BHLT.softmax(dim=-1), dropout) @ v_BHTD
+
+
+def attention_of_one(q_BHID: Tensor, k_BHTD: Tensor, v_BHTD: Tensor) -> Tensor:
+    """`attention` of a single query, as tokens that are written one after the other have it: [B, H, 1, D].
+
+    It takes as long as reading keys and values does. A CPU reads them at full speed where they are the rows of a matrix
+    that is multiplied by a vector: keys as they are, values when all that a channel holds lies side by side
+    (`KeyValueCache` with `values_by_channel`).
+    """
+    if q_BHID.device.type != "cpu":
+        return attention(q_BHID, k_BHTD, v_BHTD)
+    heads = q_BHID.shape[:2]
+    # Batches are views here: `@` would copy keys and values. A vector is the one row of a matrix, turned: what has one
+    # column by its shape is multiplied four times as slowly.
+    q_NID, k_NTD, v_NDT = q_BHID.flatten(0, 1), k_BHTD.flatten(0, 1), v_BHTD.flatten(0, 1).mT
+    scores_NIT = torch.bmm(k_NTD, (q_NID * q_NID.shape[-1] ** -0.5).mT).mT
+    shares_NIT = scores_NIT.float().softmax(dim=-1).to(v_NDT.dtype)
+    return torch.bmm(v_NDT, shares_NIT.contiguous().mT).mT.unflatten(0, heads)
 
 
 def _products_are_faster(q_BHLD: Tensor, k_BHTD: Tensor) -> bool:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..kernels.attention import attention
+from ..kernels.attention import attention_of_one
 from ..kernels.linear import linear
 from ..kernels.precision import compute_dtype
 from .kv_cache import KeyValueCache
@@ -33,11 +33,10 @@ class CausalAttention(nn.Module):
 
     def forward(self, x_BLW: Tensor, cache: KeyValueCache | None, layer: int) -> Tensor:
         q_BHLD, k, v = rearrange(self.qkv(x_BLW), "b l (n h d) -> n b h l d", n=3, h=self.num_heads)
-        if cache is not None:
-            k, v = cache.extend(layer, k, v)
+        seen = (k, v) if cache is None else cache.extend(layer, k, v)
         if q_BHLD.shape[2] == 1:
-            y_BHLD = attention(q_BHLD, k, v)  # the newest token sees all
-        else:
+            y_BHLD = attention_of_one(q_BHLD, *seen)  # the newest token sees all
+        else:  # a cache was empty before
             dropout = self.attn_dropout if self.training else 0.0
             y_BHLD = F.scaled_dot_product_attention(q_BHLD, k, v, dropout_p=dropout, is_causal=True)
         return self.dropout(self.proj(rearrange(y_BHLD, "b h l d -> b l (h d)")))
@@ -102,7 +101,16 @@ class GPT2(nn.Module):
         """An empty cache for `tokens` tokens in each of `rows` rows, of the dtype that is computed in."""
         weight = self.wpe.weight
         like = torch.empty(0, dtype=compute_dtype(weight.dtype, weight.device), device=weight.device)
-        return KeyValueCache(len(self.blocks), rows, self.num_heads, tokens, weight.shape[1] // self.num_heads, like)
+        head_width = weight.shape[1] // self.num_heads
+        return KeyValueCache(
+            len(self.blocks),
+            rows,
+            self.num_heads,
+            tokens,
+            head_width,
+            like,
+            values_by_channel=like.device.type == "cpu",
+        )
 
     def forward(self, ids_BL: Tensor, positions: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Hidden states [B, L, W] behind the last norm.

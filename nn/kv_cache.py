@@ -11,11 +11,18 @@ class KeyValueCache:
 
     `keys` and `values` are [depth, R, H, T, K] (R rows, H heads, T tokens, K head width) with dtype and device of
     `like`; their first `length` tokens are filled.
+
+    values_by_channel: lay the values out so that all tokens of a channel lie side by side, for `attention_of_one`.
     """
 
-    def __init__(self, depth: int, rows: int, heads: int, tokens: int, head_width: int, like: Tensor):
+    def __init__(
+        self, depth: int, rows: int, heads: int, tokens: int, head_width: int, like: Tensor,
+        values_by_channel: bool = False,
+    ):  # fmt: skip
         self.keys = like.new_empty(depth, rows, heads, tokens, head_width)
         self.values = torch.empty_like(self.keys)
+        if values_by_channel:
+            self.values = self.values.view(depth, rows, heads, head_width, tokens).transpose(-1, -2)
         self.length = 0  # finished tokens
 
     def extend(self, layer: int, k_RHLK: Tensor, v_RHLK: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from mediatok.kernels import attention as module
-from mediatok.kernels.attention import attention
+from mediatok.kernels.attention import attention, attention_of_one
+from mediatok.nn.kv_cache import KeyValueCache
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -22,6 +23,24 @@ def test_equals_the_fused_kernel(dtype, mask, queries, keys):
     got = attention(q, k, v, mask)
     assert got.dtype == dtype
     assert got.shape == expected.shape
+    assert (got - expected).abs().max() < (1e-5 if dtype == torch.float32 else 0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("values_by_channel", [False, True])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_one_query_sees_what_a_cache_holds(dtype, values_by_channel, rows):
+    torch.manual_seed(0)
+    k, v = (torch.randn(rows, 2, 9, 16).to(dtype) for _ in range(2))
+    cache = KeyValueCache(2, rows, 2, 20, 16, k, values_by_channel)
+    for token in range(9):
+        seen = cache.extend(1, k[:, :, token, None], v[:, :, token, None])
+        cache.length += 1
+    assert all(torch.equal(ours, given) for ours, given in zip(seen, (k, v), strict=True))
+    q = torch.randn(rows, 2, 1, 16).to(dtype)
+    expected = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    got = attention_of_one(q, *seen)
+    assert (got.dtype, got.shape) == (dtype, expected.shape)
     assert (got - expected).abs().max() < (1e-5 if dtype == torch.float32 else 0.05)
 
 
