@@ -23,6 +23,7 @@ _PUBLIC = {
     "ModelEntry": "core.registry",
     "Tokens": "core.tokens",
     "ImageFrame": "core.tokens",
+    "ShapeFrame": "core.tokens",
     "SpeechFrame": "core.tokens",
     "Waveform": "core.audio",
     "read_audio": "core.audio",

@@ -40,7 +40,7 @@ def load_companion(generator: Model, name: str | None, way_out: str, what: str =
 
     if name is None:
         raise InvalidInput(f"{generator.name} names no {what}; {way_out}")
-    if find_entry(name) is None and not Path(name).is_dir():
+    if not isinstance(name, str) or not name or (find_entry(name) is None and not Path(name).is_dir()):
         raise InvalidInput(f"the {what} {name!r} of {generator.name} is neither a known model nor a folder; {way_out}")
     return load(name, dtype="bfloat16" if generator.dtype == torch.bfloat16 else "float32")
 

@@ -9,6 +9,7 @@ Shape suffixes: B batch, N pictures of a call, U units, 3/H/W image.
 from __future__ import annotations
 
 import inspect
+import operator
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -66,6 +67,7 @@ class ImageGenerator(Model):
     def __init__(self):
         super().__init__()
         self._tokenizer_box = Companion()
+        self._compiled: Callable[..., Tensor] | None = None  # of `compile_network`
 
     # What a subclass implements.
 
@@ -178,12 +180,11 @@ class ImageGenerator(Model):
         labels_N = self.label_ids(labels)
         seeds = image_seeds(seed, len(labels_N))
         settings = self.checked_settings(steps, guidance, **options)
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise InvalidInput(f"batch_size={batch_size!r} must be a whole number from 1 on")
+        batch_size = min(check_whole(batch_size, "batch_size", 1), len(labels_N))
         check_callback(on_step)
         self.ensure_tokenizer()  # a missing or wrong one is found before the work, not after it
         start_N, keep_NU = self._start(start, keep, len(labels_N))
-        self.check_memory(min(batch_size, len(labels_N)), settings)
+        self.check_memory(batch_size, settings)
         batches = torch.arange(len(labels_N)).split(batch_size)
         total = settings.total_steps * len(batches)
         contents, images = [], []
@@ -224,6 +225,16 @@ class ImageGenerator(Model):
                     f"{self.name} has no option {name!r}.{nearest_names(name, known)} It has {', '.join(known)}."
                 )
         return self.settings(steps, guidance, **options)
+
+    def compile_network(self, **options) -> None:
+        """Run `self.transformer` through `torch.compile` from now on: on a GPU each call is one CUDA graph.
+
+        `options` go to `torch.compile`. The first picture takes a minute, or minutes where the length of the context
+        changes: there is one graph for each.
+        """
+        options = {"mode": "reduce-overhead", "dynamic": False} | options
+        # The call alone: the compiled module itself would become a part of this model and of its `state_dict`.
+        self._compiled = torch.compile(self.transformer, **options).__call__
 
     @property
     def noise_device(self) -> torch.device:
@@ -407,11 +418,18 @@ def _fresh_generator() -> torch.Generator:
     return generator
 
 
+def check_whole(value: Any, what: str, smallest: int, largest: int | None = None) -> int:
+    """`value` as an int, or InvalidInput when it is no whole number in its range; numpy's count as such."""
+    is_whole = hasattr(value, "__index__") and not isinstance(value, (bool, Tensor))
+    if not is_whole or not smallest <= (number := operator.index(value)) <= (number if largest is None else largest):
+        end = "on" if largest is None else f"to {largest}"
+        raise InvalidInput(f"{what}={value!r} must be a whole number from {smallest} {end}")
+    return number
+
+
 def check_steps(steps: Any, smallest: int = 1, what: str = "steps") -> int:
     """`steps`, or InvalidInput when it is no whole number in its range."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or not smallest <= steps <= MAX_STEPS:
-        raise InvalidInput(f"{what}={steps!r} must be a whole number from {smallest} to {MAX_STEPS}")
-    return steps
+    return check_whole(steps, what, smallest, MAX_STEPS)
 
 
 def check_number(value: Any, what: str, smallest: float = 0.0, largest: float = MAX_GUIDANCE) -> float:

@@ -1,25 +1,27 @@
 """The `.mtok` file: a header of variable-length numbers, the ids packed bit by bit, a CRC. docs/mtok.md defines it.
 
-One item takes at most 64 bytes beside its ids. The parser trusts no count: each is checked against the bytes that are
-there before anything of its size is made, and only what the writer would have written is accepted.
+One item takes at most 70 bytes beside its ids and its scales. The parser trusts no count: each is checked against the
+bytes that are there before anything of its size is made, and only what the writer would have written is accepted.
 """
 
 from __future__ import annotations
 
 import math
+import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import astuple, fields
+from dataclasses import fields
 
 import numpy as np
 import torch
 
 from .errors import InvalidTokens
-from .tokens import FRAMES, MAX_LENGTH, MAX_NAME_BYTES, MAX_VOCAB_SIZE, ImageFrame, SpeechFrame, Tokens
+from .tokens import FRAMES, MAX_LENGTH, MAX_NAME_BYTES, MAX_VOCAB_SIZE, Frame, Tokens
 
 MAGIC = b"MTOK"
 VERSION = 1
-MODALITIES = {"image": 1, "speech": 2}  # number of each modality in the file
+MODALITIES = {"image": 1, "speech": 2, "shape": 3}  # number of each modality in the file
+HAS_SCALES = 0x80  # set in that number: the sizes of the scales follow the name
 MAX_ITEMS = 2**16
 MAX_IDS = 2**21  # of ids [B, L, Q] with their padding, so that a small file cannot ask for much memory
 MAX_FILE_BYTES = 16 * 2**20  # more than the limits above can fill
@@ -66,21 +68,27 @@ def _header(tokens: Tokens) -> bytes:
     num_codebooks = tokens.ids.shape[2] if tokens.ids.ndim == 3 else 0
     header = [
         MAGIC,
-        bytes([VERSION, MODALITIES[tokens.modality], num_codebooks]),
+        bytes([VERSION, MODALITIES[tokens.modality] | (HAS_SCALES if tokens.scales else 0), num_codebooks]),
         _varint(tokens.vocab_size - 1),
         bytes.fromhex(tokens.fingerprint),
         bytes([len(name)]),
         name,
-        _varint(len(tokens) if tokens.is_batch else 0),
     ]
+    if tokens.scales:
+        header += [bytes([len(tokens.scales)]), *map(_varint, tokens.scales)]
+    header.append(_varint(len(tokens) if tokens.is_batch else 0))
     for length, frame in zip(tokens.lengths.tolist(), tokens.frames, strict=True):
-        header += map(_varint, (length, *astuple(frame)))
+        header.append(_varint(length))
+        for field in fields(frame):
+            value = getattr(frame, field.name)
+            header.append(struct.pack("<f", value) if field.type == "float" else _varint(value))
     return b"".join(header)
 
 
 def _parse(reader: _Reader) -> Tokens:
     """What follows the version: the rest of the header, then the ids to the last byte."""
     modality_number, num_codebooks = reader.byte(), reader.byte()
+    has_scales, modality_number = modality_number & HAS_SCALES, modality_number & ~HAS_SCALES
     modality = next((name for name, number in MODALITIES.items() if number == modality_number), None)
     if modality is None:
         raise InvalidTokens(f"the .mtok file holds modality {modality_number}, unknown to this mediatok")
@@ -89,6 +97,9 @@ def _parse(reader: _Reader) -> Tokens:
         raise InvalidTokens(f"the .mtok file announces a vocabulary of {vocab_size} codes")
     fingerprint = reader.bytes(8).hex()
     name = reader.text(MAX_NAME_BYTES)
+    scales = tuple(reader.varint() for _ in range(reader.byte())) if has_scales else ()
+    if has_scales and not scales:
+        raise InvalidTokens("the .mtok file announces scales and holds none")
 
     count = reader.varint()  # 0: one item that was given alone, not in a list
     num_items = max(count, 1)
@@ -110,7 +121,7 @@ def _parse(reader: _Reader) -> Tokens:
     ids[is_token_BL] = packed_ids.view(-1, *shape_BLQ[2:])
     return Tokens(
         ids=ids, lengths=lengths_B, tokenizer=name, fingerprint=fingerprint, vocab_size=vocab_size,
-        modality=modality, frames=tuple(frames), is_batch=count > 0,
+        modality=modality, frames=tuple(frames), is_batch=count > 0, scales=scales,
     )  # fmt: skip
 
 
@@ -161,8 +172,15 @@ class _Reader:
             raise InvalidTokens(f"the .mtok file announces an item of {length} tokens")
         return length
 
-    def frame(self, frame_class: type) -> ImageFrame | SpeechFrame:
-        return frame_class(*(self.varint() for _ in fields(frame_class)))
+    def float(self) -> float:
+        (value,) = struct.unpack("<f", self.bytes(4))
+        if struct.pack("<f", value + 0.0) != struct.pack("<f", value):
+            raise InvalidTokens("the .mtok file holds a negative zero")
+        return value
+
+    def frame(self, frame_class: type[Frame]) -> Frame:
+        """Whole numbers as varints, others in fp32; a field's type is text, as annotations are not evaluated here."""
+        return frame_class(*(self.float() if field.type == "float" else self.varint() for field in fields(frame_class)))
 
 
 def _varint(value: int) -> bytes:

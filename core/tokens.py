@@ -5,10 +5,13 @@ Shape suffixes: B items, L tokens of the longest item, Q codebooks a position.
 
 from __future__ import annotations
 
+import math
 import operator
 import re
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -23,6 +26,7 @@ MAX_SAMPLES = 2**32 - 1  # of a clip
 MAX_LENGTH = 2**28 - 1  # tokens of an item
 MAX_VOCAB_SIZE = 2**32
 MAX_CODEBOOKS = 255
+MAX_SCALES = 255
 MAX_NAME_BYTES = 24
 
 
@@ -68,8 +72,36 @@ class SpeechFrame:
             raise InvalidTokens(f"the samples of a clip must be 1 to {MAX_SAMPLES}, not {self.num_samples!r}")
 
 
+@dataclass(frozen=True)
+class ShapeFrame:
+    """Where a shape stood: a point p of the tokenizer's box [-1, 1]^3 is the point (x, y, z) + scale * p of its world.
+
+    All four are rounded to fp32, as the file keeps them.
+    """
+
+    x: float
+    y: float
+    z: float
+    scale: float
+
+    def __post_init__(self):
+        for name in ("x", "y", "z", "scale"):
+            value = getattr(self, name)
+            try:
+                # Adding zero leaves no -0.0, which would be a second spelling of the same place.
+                rounded = struct.unpack("<f", struct.pack("<f", value))[0] + 0.0
+            except (struct.error, OverflowError):
+                rounded = math.nan
+            if not math.isfinite(rounded) or (name == "scale" and rounded <= 0):
+                kind = "positive and finite" if name == "scale" else "finite"
+                raise InvalidTokens(f"the {name} of a shape frame must be an fp32 number that is {kind}, not {value!r}")
+            object.__setattr__(self, name, rounded)
+
+
+Frame = ImageFrame | SpeechFrame | ShapeFrame
+
 # What an item of each modality carries beside its ids. A new modality adds its frame here and its number in mtok.py.
-FRAMES = {"image": ImageFrame, "speech": SpeechFrame}
+FRAMES: dict[str, type[Frame]] = {"image": ImageFrame, "speech": SpeechFrame, "shape": ShapeFrame}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -82,9 +114,10 @@ class Tokens:
     tokenizer: name of the tokenizer, cut to 24 UTF-8 bytes; for people, `fingerprint` decides.
     fingerprint: 16 hex digits of the tokenizer's config and codebook.
     vocab_size: 2 to 2**32 codes.
-    modality: "image" or "speech".
-    frames: one an item, see `ImageFrame` and `SpeechFrame`.
+    modality: "image", "speech" or "shape".
+    frames: one an item, see `ImageFrame`, `SpeechFrame` and `ShapeFrame`.
     is_batch: whether they came from a list, so that decoding returns a list.
+    scales: tokens of each scale, where coarse scales come before finer ones; every item then ends with a whole scale.
 
     Raises:
         InvalidTokens: any of this does not hold.
@@ -96,8 +129,9 @@ class Tokens:
     fingerprint: str
     vocab_size: int
     modality: str
-    frames: tuple[ImageFrame | SpeechFrame, ...]
+    frames: tuple[Frame, ...]
     is_batch: bool = True
+    scales: tuple[int, ...] = ()
 
     def __post_init__(self):
         _check_labels(self)
@@ -105,6 +139,8 @@ class Tokens:
         _check_numbers(ids, lengths_B, self.vocab_size)
         frames = tuple(self.frames)
         _check_frames(frames, FRAMES[self.modality], lengths_B)
+        scales = tuple(self.scales)
+        _check_scales(scales, frames, lengths_B)
         if not self.is_batch and len(lengths_B) != 1:
             raise InvalidTokens(f"is_batch=False is for one item, got {len(lengths_B)}")
         # Copies outside of inference mode: ours alone, and usable as indices where gradients are needed.
@@ -112,6 +148,7 @@ class Tokens:
             object.__setattr__(self, "ids", ids[:, : int(lengths_B.max())].clone(memory_format=torch.contiguous_format))
             object.__setattr__(self, "lengths", lengths_B.clone())
         object.__setattr__(self, "frames", frames)
+        object.__setattr__(self, "scales", scales)
         object.__setattr__(self, "tokenizer", _cut_name(self.tokenizer))
 
     def __len__(self) -> int:
@@ -147,7 +184,18 @@ class Tokens:
             raise InvalidInput(f"tokens[:, :{count}] would keep no tokens; keep at least 1")
         if self.modality == "image" and any(frame.num_tiles > 1 for frame in self.frames):
             raise InvalidInput(f"tiled pictures have no common prefix; use encode(..., tile=True, num_tokens={count})")
+        if self.scales and not set(self.lengths.clamp(max=count).tolist()) <= set(accumulate(self.scales)):
+            ends = ", ".join(map(str, accumulate(self.scales)))
+            raise InvalidInput(f"tokens[:, :{count}] would cut a scale; they end at {ends}: see tokens.up_to_scale(k)")
         return replace(self, ids=self.ids[:, :count], lengths=self.lengths.clamp(max=count))
+
+    def up_to_scale(self, k: int) -> Tokens:
+        """The first k scales of every item, for tokenizers with scales; fewer where an item has fewer."""
+        if not self.scales:
+            raise InvalidInput(f"tokens of {self.tokenizer} have no scales")
+        if not hasattr(k, "__index__") or not 1 <= operator.index(k) <= len(self.scales):
+            raise InvalidInput(f"up_to_scale takes 1 to {len(self.scales)}, not {k!r}")
+        return self[:, : sum(self.scales[: operator.index(k)])]
 
     @staticmethod
     def cat(parts: Sequence[Tokens]) -> Tokens:
@@ -157,8 +205,8 @@ class Tokens:
         first = parts[0]
         for part in parts[1:]:
             first.check(part.tokenizer, part.fingerprint)
-            if (part.modality, part.vocab_size, part.ids.shape[2:]) != (
-                first.modality, first.vocab_size, first.ids.shape[2:],
+            if (part.modality, part.vocab_size, part.scales, part.ids.shape[2:]) != (
+                first.modality, first.vocab_size, first.scales, first.ids.shape[2:],
             ):  # fmt: skip
                 raise InvalidTokens(f"{part!r} and {first!r} cannot be joined")
         lengths_B = torch.cat([part.lengths for part in parts])
@@ -225,7 +273,7 @@ class Tokens:
         return (
             all(
                 getattr(self, name) == getattr(other, name)
-                for name in ("tokenizer", "fingerprint", "vocab_size", "modality", "frames", "is_batch")
+                for name in ("tokenizer", "fingerprint", "vocab_size", "modality", "frames", "is_batch", "scales")
             )
             and torch.equal(self.lengths, other.lengths)
             and torch.equal(self.ids, other.ids)
@@ -278,6 +326,17 @@ def _check_frames(frames: tuple, frame_class: type, lengths_B: Tensor) -> None:
         for frame, length in zip(frames, lengths_B.tolist(), strict=True):
             if length % frame.num_tiles:
                 raise InvalidTokens(f"{length} tokens do not divide into {frame.rows} x {frame.cols} tiles")
+
+
+def _check_scales(scales: tuple[int, ...], frames: tuple[Frame, ...], lengths_B: Tensor) -> None:
+    if not scales:
+        return
+    if len(scales) > MAX_SCALES or not all(isinstance(n, int) and 1 <= n <= MAX_LENGTH for n in scales):
+        raise InvalidTokens(f"scales must be at most {MAX_SCALES} numbers from 1 to {MAX_LENGTH}, not {scales!r}")
+    ends = set(accumulate(scales))
+    for frame, length in zip(frames, lengths_B.tolist(), strict=True):
+        if length // getattr(frame, "num_tiles", 1) not in ends:
+            raise InvalidTokens(f"{length} tokens are no whole number of scales, which end at {sorted(ends)}")
 
 
 def _as_int64(name: str, values: Tensor, ndims: tuple[int, ...]) -> Tensor:

@@ -28,7 +28,7 @@ from ..core.audio import Waveform, read_audio
 from ..core.base import Model, OnStep, check_callback, report
 from ..core.companion import Companion, check_companion, load_companion
 from ..core.errors import InvalidInput, LimitExceeded, TokenizerMismatch
-from ..core.generator import check_flag, check_number, image_seeds
+from ..core.generator import check_flag, check_number, check_whole, image_seeds
 from ..core.memory import available_memory
 from ..core.speech_tokenizer import SpeechTokenizer
 from ..kernels.linear import pack_for_inference
@@ -270,8 +270,7 @@ class GenSE(Model):
             TokenizerMismatch: a tokenizer is not the one that this model was trained with.
         """
         settings = self.settings(greedy, temperature)
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise InvalidInput(f"batch_size={batch_size!r} must be a whole number from 1 on")
+        batch_size = check_whole(batch_size, "batch_size", 1)
         check_callback(on_step)
         first_seed = image_seeds(seed, 1)[0]
         semantic, codec = self.semantic_tokenizer, self.codec
@@ -280,7 +279,8 @@ class GenSE(Model):
         seeds = image_seeds(first_seed, len(cut.starts))
         noisy_NS = cut.windows(samples_S)
         per_window = cut.size // semantic.hop_length + cut.size // codec.hop_length
-        self.check_memory(min(batch_size, len(noisy_NS)), cut.size)
+        batch_size = min(batch_size, len(noisy_NS))
+        self.check_memory(batch_size, cut.size)
         clean, done, total = [], 0, per_window * len(noisy_NS)
         for rows in torch.arange(len(noisy_NS)).split(batch_size):
             noisy_BS = noisy_NS[rows].to(self.device)

@@ -86,7 +86,6 @@ class MaskGIT(ImageGenerator):
         self.lm_head = Linear(hidden_size, codebook_size)
         init_weights(self.lm_head, nn.init.normal_ if network == "vit" else nn.init.trunc_normal_)
         self._near_CC: Tensor | None = None  # of `train_with_near_codes`
-        self._compiled: Callable[[Tensor], Tensor] | None = None  # of `compile_network`
 
     @property
     def mask_id(self) -> int:
@@ -175,16 +174,8 @@ class MaskGIT(ImageGenerator):
     def pack_network(self) -> None:
         pack_for_inference(self, self.transformer)
 
-    def compile_network(self, **options) -> None:
-        """Run the transformer through `torch.compile` from now on: on a GPU a step is one CUDA graph.
-
-        The first steps take a minute. All positions are computed then, so that shapes do not change between steps.
-        """
-        options = {"mode": "reduce-overhead", "dynamic": False} | options
-        # The call alone: the compiled module itself would become a part of this model and of its `state_dict`.
-        self._compiled = torch.compile(self.transformer, **options).__call__
-
     def _hidden(self, ids_BL: Tensor, positions_BK: Tensor) -> Tensor:
+        """What the head reads at the positions; a compiled network computes all, so that shapes do not change."""
         if self._compiled is None:
             return self.transformer(ids_BL, positions_BK)
         return take(self._compiled(ids_BL).clone(), positions_BK)

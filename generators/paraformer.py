@@ -25,7 +25,7 @@ from torch import Tensor
 from ..core.audio import open_audio
 from ..core.base import Model, OnStep, check_callback, report
 from ..core.errors import InvalidInput, LimitExceeded
-from ..core.generator import GeneratorOutput, check_number
+from ..core.generator import GeneratorOutput, check_number, check_whole
 from ..core.memory import is_out_of_memory
 from ..core.speech_tokenizer import as_list
 from ..core.transcript import Transcript, Word
@@ -282,8 +282,7 @@ class Paraformer(Model):
             LimitExceeded: a batch that does not fit in memory.
         """
         check_callback(on_step)
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise InvalidInput(f"batch_size={batch_size!r} must be a whole number from 1 on")
+        batch_size = check_whole(batch_size, "batch_size", 1)
         vocabulary, rate = self.vocabulary, self.config.sample_rate
         hotword_weight = check_number(hotword_weight, "hotword_weight", 0.0, 1.0)
         hotwords_NW = None if hotwords is None else self.embed_hotwords(hotwords)

@@ -130,7 +130,6 @@ class XAR(ImageGenerator):
             latent_channels, self.entities.num_tokens, embed_dim, (encoder_depth, decoder_depth), num_heads,
             int(embed_dim * mlp_ratio * 2 / 3), num_classes, attn_dropout, proj_dropout,
         )  # fmt: skip
-        self._compiled: Callable[..., Tensor] | None = None  # of `compile_network`
         # Derived from the layout, so not part of a checkpoint.
         self.register_buffer("rotary", rotary, persistent=False)
         self.register_buffer("visible", visible, persistent=False)
@@ -253,15 +252,6 @@ class XAR(ImageGenerator):
 
     def pack_network(self) -> None:
         pack_for_inference(self, self.transformer)
-
-    def compile_network(self, **options) -> None:
-        """Run the transformer's cached calls through `torch.compile` from now on: on a GPU each is one CUDA graph.
-
-        There is one graph for each length of the context, so the first picture takes minutes.
-        """
-        options = {"mode": "reduce-overhead", "dynamic": False} | options
-        # The call alone: the compiled module itself would become a part of this model and of its `state_dict`.
-        self._compiled = torch.compile(self.transformer, **options).__call__
 
     # The tokenizer's side.
 

@@ -5,7 +5,10 @@ import pytest
 import torch
 
 
-def build_tokens(lengths, vocab_size=4096, codebooks=None, is_batch=True, name="titok-tiny", frame=None, seed=0):
+def build_tokens(
+    lengths, vocab_size=4096, codebooks=None, is_batch=True, name="titok-tiny", frame=None, seed=0, modality="image",
+    scales=(),
+):  # fmt: skip
     """Random tokens of the given lengths, padded as `Tokens` wants them."""
     generator = torch.Generator().manual_seed(seed)
     shape = (len(lengths), max(lengths), *([codebooks] if codebooks else []))
@@ -18,9 +21,10 @@ def build_tokens(lengths, vocab_size=4096, codebooks=None, is_batch=True, name="
         tokenizer=name,
         fingerprint="0123456789abcdef",
         vocab_size=vocab_size,
-        modality="image",
+        modality=modality,
         frames=(frame or mt.ImageFrame(640, 480),) * len(lengths),
         is_batch=is_batch,
+        scales=scales,
     )
 
 

@@ -206,9 +206,14 @@ def test_other_wrong_options(gen):
         gen.generate(0, heta=1)
     with pytest.raises(mt.InvalidInput, match=r"no option .self."):
         gen.generate(0, self=3)
-    for batch_size in (0, -1, 1.5, True):
+    for batch_size in (0, -1, 1.5, True, "2", None):
         with pytest.raises(mt.InvalidInput, match="batch_size"):
             gen.generate(0, batch_size=batch_size)
+
+
+def test_whole_numbers_of_numpy_and_of_any_size(gen):
+    expected = gen.sample([0, 1, 2], seed=1, steps=2).content
+    assert torch.equal(gen.sample([0, 1, 2], seed=1, steps=np.int64(2), batch_size=10**30).content, expected)
 
 
 # Editing.
@@ -378,7 +383,7 @@ def test_the_tokenizer_is_looked_up_by_name_or_folder_only(tmp_path, monkeypatch
 
     with pytest.raises(mt.InvalidInput, match="names no tokenizer; give it one"):
         FakeGenerator().generate(0)
-    for name in ("somebody/repository", str(tmp_path / "gone"), "titok-tinny"):
+    for name in ("somebody/repository", str(tmp_path / "gone"), "titok-tinny", "", 5):
         with pytest.raises(mt.InvalidInput, match="neither a known model nor a folder"):
             FakeGenerator(tokenizer=name).generate(0)
     asked = []

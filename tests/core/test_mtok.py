@@ -12,6 +12,8 @@ from mediatok.core import mtok
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=6)
 vocab_sizes = st.one_of(st.integers(2, 2**32), st.integers(1, 32).map(lambda bits: 2**bits))
 frames = st.builds(mt.ImageFrame, st.integers(1, 65535), st.integers(1, 65535))
+places = st.floats(-(2.0**60), 2.0**60, width=32)
+shape_frames = st.builds(mt.ShapeFrame, places, places, places, st.floats(2.0**-60, 2.0**60, width=32))
 names = st.text(st.sampled_from("ab-é漢🙂"), max_size=30)
 
 
@@ -23,6 +25,20 @@ def test_round_trip(make_tokens, lengths, vocab_size, codebooks, name, frame, se
     assert mt.Tokens.from_bytes(data) == tokens
     assert len(data) == tokens.num_bytes
     assert tokens.to_bytes() == data
+
+
+@settings(max_examples=50, deadline=None)
+@given(shape_frames, st.lists(st.integers(1, 200), min_size=1, max_size=12), st.data())
+def test_round_trip_of_a_shape_with_scales(make_tokens, frame, scales, data):
+    kept = data.draw(st.integers(1, len(scales)))
+    tokens = make_tokens([sum(scales)], modality="shape", frame=frame, scales=tuple(scales), is_batch=False)
+    again = mt.Tokens.from_bytes(tokens.to_bytes())
+    assert again == tokens
+    assert again.frames == (frame,)
+    part = again.up_to_scale(kept)
+    assert part.lengths.tolist() == [sum(scales[:kept])]
+    assert part.scales == tuple(scales)
+    assert mt.Tokens.from_bytes(part.to_bytes()) == part
 
 
 @pytest.mark.parametrize("bits", range(1, 33))
@@ -46,11 +62,13 @@ def test_one_item_takes_64_bytes_beside_its_ids(make_tokens, length, vocab_size,
     assert tokens.num_bytes <= 64 + math.ceil(length * tokens.bits_per_token / 8)
 
 
-def test_the_largest_header_has_64_bytes():
+def test_the_largest_header_has_70_bytes():
     """Every part of the header at its longest; too many ids to make, so the parts are added up."""
-    longest = [mtok._varint(value) for value in (2**32 - 1, 2**28 - 1, 65535, 65535, 2**14 - 1, 2**14 - 1)]
+    longest = [mtok._varint(value) for value in (2**32 - 1, 2**28 - 1)]
     fixed = len(mtok.MAGIC) + 3 + 8 + 1 + mt.core.tokens.MAX_NAME_BYTES + 1 + mtok.CRC_BYTES
-    assert fixed + sum(map(len, longest)) == 64
+    image_frame = [mtok._varint(value) for value in (65535, 65535, 2**14 - 1, 2**14 - 1)]
+    assert fixed + sum(map(len, longest + image_frame)) == 64
+    assert fixed + sum(map(len, longest)) + 4 * 4 == 70  # of a shape
 
 
 def test_titok_l32_fits_its_48_bytes_and_a_small_header(make_tokens):

@@ -3,6 +3,7 @@
 import random
 import resource
 import statistics
+import struct
 import time
 import zlib
 
@@ -57,6 +58,7 @@ def test_10_000_mutated_files(make_tokens):
         make_tokens([5, 1, 7], vocab_size=1000, codebooks=2).to_bytes(),
         make_tokens([8], vocab_size=2**32, frame=mt.ImageFrame(99, 50, 2, 2), name="").to_bytes(),
         make_tokens([64] * 20, vocab_size=2, name="x" * 24).to_bytes(),
+        make_tokens([14, 5], modality="shape", frame=mt.ShapeFrame(1.5, -2, 3, 0.1), scales=(1, 4, 9)).to_bytes(),
     ]
     before, seconds, accepted = peak_mib(), [], 0
     for number in range(10_000):
@@ -156,3 +158,29 @@ def test_other_versions_and_files():
     for data in (b"", b"M", b"MTOK", b"MTOK\x01", b"\x89PNG\r\n\x1a\n" + bytes(40)):
         with pytest.raises(mt.InvalidTokens):
             mt.Tokens.from_bytes(data)
+
+
+SHAPE = 3 | 0x80  # with scales
+
+
+@pytest.mark.parametrize(
+    ("scales", "message"),
+    [
+        (b"\0", "holds none"),
+        (b"\2\1\0", "scales must be"),
+        (b"\2\1\5", "no whole number of scales"),
+        (b"\x05\1\4", "announces|ends too early|unknown|malformed"),
+    ],
+)
+def test_scales_that_are_not_sound(scales, message):
+    start = b"MTOK\x01" + bytes([SHAPE, 0]) + _varint(255) + bytes(8) + b"\1a"
+    content = start + scales + _varint(0) + _varint(5) + struct.pack("<4f", 0, 0, 0, 1) + bytes(5)
+    with pytest.raises(mt.InvalidTokens, match=message):
+        mt.Tokens.from_bytes(with_crc(content))
+
+
+@pytest.mark.parametrize("place", [(-0.0, 0, 0, 1), (0, 0, 0, -0.0), (float("nan"), 0, 0, 1), (0, float("inf"), 0, 1)])
+def test_places_that_are_not_sound(place):
+    content = header(vocab_size=256, modality=3) + _varint(1) + struct.pack("<4f", *place) + bytes(1)
+    with pytest.raises(mt.InvalidTokens):
+        mt.Tokens.from_bytes(with_crc(content))

@@ -1,5 +1,6 @@
 """`Tokens`: what it accepts, how it is cut and joined."""
 
+import math
 from dataclasses import FrozenInstanceError, replace
 
 import mediatok as mt
@@ -186,3 +187,55 @@ def test_one_item_only_when_not_a_batch(make_tokens):
 def test_frames_have_limits(size):
     with pytest.raises(mt.InvalidTokens):
         mt.ImageFrame(*size)
+
+
+# Scales.
+
+
+def test_up_to_scale(make_tokens):
+    tokens = make_tokens([14, 5], scales=(1, 4, 9))
+    assert tokens.up_to_scale(1).lengths.tolist() == [1, 1]
+    assert tokens.up_to_scale(3) == tokens
+    assert tokens.up_to_scale(2) == tokens[:, :5]
+    assert torch.equal(tokens.up_to_scale(2).ids, tokens.ids[:, :5])
+
+
+@pytest.mark.parametrize("k", [0, 4, -1, 1.0, None])
+def test_scales_that_are_not_there(make_tokens, k):
+    with pytest.raises(mt.InvalidInput, match="1 to 3"):
+        make_tokens([14], scales=(1, 4, 9)).up_to_scale(k)
+
+
+def test_tokens_without_scales_have_none_to_take(make_tokens):
+    with pytest.raises(mt.InvalidInput, match="no scales"):
+        make_tokens([14]).up_to_scale(1)
+
+
+def test_a_prefix_ends_with_a_scale(make_tokens):
+    with pytest.raises(mt.InvalidInput, match="would cut a scale; they end at 1, 5, 14"):
+        make_tokens([14], scales=(1, 4, 9))[:, :6]
+
+
+@pytest.mark.parametrize("scales", [(1, 4), (0, 14), (14.0,), (1,) * 256, (20,)])
+def test_scales_that_do_not_fit(make_tokens, scales):
+    with pytest.raises(mt.InvalidTokens, match="scales"):
+        make_tokens([14], scales=scales)
+
+
+def test_tokens_of_other_scales_are_not_joined(make_tokens):
+    with pytest.raises(mt.InvalidTokens, match="cannot be joined"):
+        mt.Tokens.cat([make_tokens([5], scales=(1, 4)), make_tokens([5], scales=(5,))])
+
+
+@pytest.mark.parametrize(
+    "numbers", [(0, 0, 0, 0), (0, 0, 0, -1), (math.nan, 0, 0, 1), (0, math.inf, 0, 1), (0, 0, 1e39, 1), ("0", 0, 0, 1)]
+)
+def test_places_that_a_shape_cannot_have(numbers):
+    with pytest.raises(mt.InvalidTokens, match="fp32"):
+        mt.ShapeFrame(*numbers)
+
+
+def test_places_are_kept_in_fp32():
+    frame = mt.ShapeFrame(0.1, -0.0, 3, 1e-3)
+    assert frame.x == torch.tensor(0.1).item()
+    assert math.copysign(1, frame.y) == 1
