@@ -28,6 +28,7 @@ from .studio_worker import Device, device_name, resident_bytes
 
 log = logging.getLogger("mediatok.studio")
 SAMPLES = Path(__file__).parent.parent / "docs" / "samples"
+CLIPS = SAMPLES.with_name("clips")
 NUM_SAMPLES = 6
 THUMBNAIL = 48  # px
 
@@ -47,7 +48,7 @@ class Studio:
         shown = self.folder / "samples"
         shown.mkdir()
         self.samples = [Path(shutil.copy(path, shown)) for path in list_images(SAMPLES)[:NUM_SAMPLES]]
-        self.clips = [Path(shutil.copy(path, shown)) for path in sorted(SAMPLES.glob("*.flac"))[:NUM_SAMPLES]]
+        self.clips = [Path(shutil.copy(path, shown)) for path in sorted(CLIPS.glob("*.flac"))[:NUM_SAMPLES]]
 
     def title(self) -> str:
         """The title bar with the memory in use now."""

@@ -102,6 +102,10 @@ ENTRIES = {
             "simcodec-tiny", "SimCodec", "Apache-2.0", 3_447_025, "speech at 16 kHz, 0.6 kbps; one Russian voice",
             modality="speech",
         ),
+        ModelEntry(
+            "paraformer-tiny", "Paraformer", "Apache-2.0", 3_238_865, "Russian characters; one voice",
+            kind="generator", modality="speech",
+        ),
         _titok("titok-l32", 641_054_735, "2.21"),
         _titok("titok-b64", 204_814_095, "1.70"),
         _titok("titok-s128", 83_674_639, "1.71"),

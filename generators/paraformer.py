@@ -13,7 +13,7 @@ Shape suffixes: B clips, N samples, T frames, F features, W width, K tokens, V v
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -73,7 +73,7 @@ class Recognition:
 
 @dataclass(frozen=True)
 class TrainingPass:
-    """One training pass, with what leads to its losses. draft, mixed: None without glancing."""
+    """One training pass, with what leads to its losses. rates: as predicted. draft, mixed: None without glancing."""
 
     losses: dict[str, Tensor]
     target_BK: Tensor
@@ -374,8 +374,12 @@ class Paraformer(Model):
     def training_pass(
         self, frames_BTW: Tensor, lengths_B: Tensor, ids_BK: Tensor, counts_B: Tensor,
         rng: torch.Generator | None = None, order_BK: Tensor | None = None,
+        lead: Callable[[Tensor], Tensor] | None = None,
     ) -> TrainingPass:  # fmt: skip
-        """`forward` from the encoder's frames on. order_BK: for `GlancingSampler`."""
+        """`forward` from the encoder's frames on. order_BK: for `GlancingSampler`.
+
+        lead: turns the predicted rates into those that tokens are gathered by; their number is still learned from.
+        """
         config = self.config
         inside_BT = _mask(lengths_B, frames_BTW.shape[1])
         target_BK, target_counts_B = ids_BK.masked_fill(~is_inside(counts_B, ids_BK.shape[1]), IGNORED), counts_B
@@ -387,7 +391,8 @@ class Paraformer(Model):
         inside_BK = is_inside(target_counts_B, longest)
 
         rates_BT = self.predictor(frames_BTW, inside_BT)
-        vectors_BKW = self.target_vectors(frames_BTW, rates_BT, target_counts_B, longest)
+        led_BT = rates_BT if lead is None else lead(rates_BT)
+        vectors_BKW = self.target_vectors(frames_BTW, led_BT, target_counts_B, longest)
         draft_BKV = mixed_BKW = None
         if config.glancing_ratio > 0:
             with torch.no_grad():

@@ -145,15 +145,23 @@ class Speak(Model):
 
     def forward(
         self, text_BT: Tensor, text_lengths_B: Tensor, tokens_BK: Tensor, counts_B: Tensor,
-        rng: torch.Generator | None = None,
+        rng: torch.Generator | None = None, durations_BT: Tensor | None = None,
     ) -> GeneratorOutput:  # fmt: skip
-        """The training pass: cross-entropy of the tokens, and the error of their number.
+        """The training pass: cross-entropy of the tokens, the error of their number and of known durations.
 
-        text_BT, text_lengths_B: of `encode_text`. tokens_BK, counts_B: of the codec. What lies past a row's end means
-        nothing.
+        text_BT, text_lengths_B: of `encode_text`. tokens_BK, counts_B: of the codec. durations_BT: tokens that each
+        character lasts, where that is known; all zero in other rows, and zero past their ends. Such rows are spread by
+        them. What else lies past a row's end means nothing.
         """
-        frames_BTW, rates_BT = self.encode(text_BT, text_lengths_B)
-        longest = int(counts_B.max())
+        frames_BTW, predicted_BT = self.encode(text_BT, text_lengths_B)
+        longest, rates_BT = int(counts_B.max()), predicted_BT
+        durations = predicted_BT.new_zeros(())
+        if durations_BT is not None:
+            is_known_B1 = durations_BT.sum(dim=1, keepdim=True) > 0
+            rates_BT = torch.where(is_known_B1, durations_BT, predicted_BT)
+            inside_BT = is_inside(text_lengths_B, text_BT.shape[1]) & is_known_B1
+            distance_BT = (predicted_BT.log1p() - durations_BT.log1p()).abs() * inside_BT
+            durations = distance_BT.sum() / inside_BT.sum().clamp(min=1)
         inside_BK = is_inside(counts_B, longest)
         target_BK = tokens_BK[:, :longest].masked_fill(~inside_BK, IGNORED)
         vectors_BKW = self.spread(frames_BTW, scaled_to(rates_BT, counts_B), counts_B, longest)
@@ -167,11 +175,12 @@ class Speak(Model):
             )
         logits_BKV = self.decode(vectors_BKW, counts_B, frames_BTW, text_lengths_B)
         tokens = token_loss(logits_BKV, target_BK, self.config.smoothing)
-        counts = count_loss(rates_BT.sum(dim=1), counts_B)
-        loss = tokens + self.config.count_weight * counts
+        counts = count_loss(predicted_BT.sum(dim=1), counts_B)
+        loss = tokens + durations + self.config.count_weight * counts
         draft_BKV = logits_BKV if draft_BKV is None else draft_BKV
         metrics = {
-            "tokens": tokens.detach(), "counts": counts.detach(), "shown": shown_BK[inside_BK].float().mean(),
+            "tokens": tokens.detach(), "counts": counts.detach(), "durations": durations.detach(),
+            "shown": shown_BK[inside_BK].float().mean(),
             "accuracy": (draft_BKV.argmax(dim=-1) == target_BK)[inside_BK].float().mean(),
         }  # fmt: skip
         return GeneratorOutput(loss, metrics)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import mediatok
 import pytest
-import torch
 
 ROOT = Path(mediatok.__file__).parent
 README = (ROOT / "README.md").read_text()
@@ -21,9 +20,8 @@ COMMANDS = [line.split("#")[0] for line in BLOCK.splitlines()]
 def checkout(tmp_path_factory):
     """A folder that has what the examples name."""
     folder = tmp_path_factory.mktemp("readme")
-    shutil.copytree(ROOT / "docs" / "samples", folder / "docs" / "samples")
-    tone = 0.3 * torch.sin(torch.arange(32000) * 0.1)
-    mediatok.Waveform(tone, 16000).save(folder / "talk.wav")
+    for name in ("samples", "clips"):
+        shutil.copytree(ROOT / "docs" / name, folder / "docs" / name)
     return folder
 
 
@@ -34,6 +32,7 @@ def test_python_examples(checkout):
     assert mediatok.read_image(checkout / "tiger-32.png").size == (64, 64)
     assert int(mediatok.Tokens.load(checkout / "tiger.mtok").lengths[0]) == 32
     assert mediatok.read_image(checkout / "apple.png").size == (64, 64)
+    assert mediatok.read_audio(checkout / "light-decoded.wav").samples.shape == (1, 100_000)
 
 
 def test_command_line_examples(checkout):

@@ -1,19 +1,15 @@
-"""When tokens are said, by a recogniser's head for CTC; and training models whose rates are led by that.
+"""When tokens are said, by a recogniser's head for CTC.
 
 Shape suffixes: B batch, L frames, K tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
 import torch
 import torchaudio.functional as AF
 from torch import Tensor
 
 from ..generators.paraformer_text import BLANK
-from ..nn.parallel import RatePredictor
 
 
 def token_ends(
@@ -37,19 +33,3 @@ def token_ends(
         ends_BL[row, room:length] = True
         sure_B[row] = scores_1L[0, begins_L].exp().mean()
     return ends_BL, sure_B
-
-
-@contextmanager
-def led_rates(predictor: RatePredictor, lead: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
-    """Within the block a model goes on with `lead` of its rates; those that it predicted gather in the list."""
-    predicted: list[Tensor] = []
-
-    def replace(_module: RatePredictor, _args: tuple, rates: Tensor) -> Tensor:
-        predicted.append(rates)
-        return lead(rates)
-
-    handle = predictor.register_forward_hook(replace)
-    try:
-        yield predicted
-    finally:
-        handle.remove()

@@ -24,9 +24,9 @@ from ..core.errors import InvalidRecipe
 from ..core.generator import GeneratorOutput
 from ..generators.paraformer import Paraformer
 from ..generators.paraformer_frontend import Frontend
-from ..generators.paraformer_training import masked_features
-from ..nn.parallel import count_loss
-from .alignment import led_rates, token_ends
+from ..generators.paraformer_training import error_loss, masked_features
+from ..nn.parallel import IGNORED
+from .alignment import token_ends
 from .data import derived_seed
 from .speech_trainer import SpeechTrainer, build_speech_model
 from .text import SpokenFolder, character_tokens
@@ -40,35 +40,44 @@ SMALLEST_RATE = 1e-4  # of which a logarithm is taken
 Batch = tuple[Tensor, tuple[Tensor, list[str]]]  # samples [B, T], (their lengths [B], their texts)
 
 
-class AlignedRates(nn.Module):
-    """Paraformer's losses, its rates led by its head for CTC where `weight` is not 0."""
+class RecogniserLosses(nn.Module):
+    """Paraformer's losses; besides, its rates led by its head for CTC, and the expected number of errors.
 
-    def __init__(self, model: Paraformer, weight: float):
+    alignment_weight, error_weight: of these two; 0 leaves them out.
+    """
+
+    def __init__(self, model: Paraformer, alignment_weight: float = 0.0, error_weight: float = 0.0):
         super().__init__()
-        self.model, self.weight = model, weight
+        self.model, self.alignment_weight, self.error_weight = model, alignment_weight, error_weight
 
     def forward(
         self, features_BLF: Tensor, lengths_B: Tensor, ids_BK: Tensor, counts_B: Tensor, rng: torch.Generator
     ) -> GeneratorOutput:
         """As `Paraformer.forward`."""
         model = self.model
-        if not self.weight:
-            return model(features_BLF, lengths_B, ids_BK, counts_B, rng)
         if self.training:
             features_BLF = masked_features(features_BLF, rng=rng, stack=model.config.stack)
         frames_BLW, _ = model.encode(features_BLF, lengths_B)
-        with torch.no_grad():
-            log_probs_BLV = model.ctc_head(frames_BLW).float().log_softmax(dim=-1)
-        ends_BL, sure_B = token_ends(log_probs_BLV, lengths_B, ids_BK, counts_B, model.config.ends_with_eos)
-        with led_rates(model.predictor, lambda rates_BL: scaled_within(rates_BL, ends_BL, sure_B > 0)) as predicted:
-            losses = model.training_pass(frames_BLW, lengths_B, ids_BK, counts_B, rng).losses
-        (rates_BL,), total_B = predicted, counts_B + int(model.config.ends_with_eos)
-        counts = count_loss(rates_BL.sum(dim=1), total_B, model.config.loss_per_token)
-        alignment = alignment_loss(rates_BL, ends_BL, lengths_B, sure_B)
-        # The pass has compared the scaled rates with their number.
-        loss = losses["loss"] + model.config.count_weight * (counts - losses["counts"]) + self.weight * alignment
-        metrics = losses | {"counts": counts, "alignment": alignment, "loss": loss}
-        return GeneratorOutput(loss, {name: value.detach() for name, value in metrics.items()})
+        lead = None
+        if self.alignment_weight:
+            with torch.no_grad():
+                log_probs_BLV = model.ctc_head(frames_BLW).float().log_softmax(dim=-1)
+            ends_BL, sure_B = token_ends(log_probs_BLV, lengths_B, ids_BK, counts_B, model.config.ends_with_eos)
+
+            def lead(rates_BL: Tensor) -> Tensor:
+                return scaled_within(rates_BL, ends_BL, sure_B > 0)
+
+        made = model.training_pass(frames_BLW, lengths_B, ids_BK, counts_B, rng, lead=lead)
+        losses = dict(made.losses)
+        if self.alignment_weight:
+            losses["alignment"] = alignment_loss(made.rates_BT, ends_BL, lengths_B, sure_B)
+            losses["loss"] = losses["loss"] + self.alignment_weight * losses["alignment"]
+        if self.error_weight:
+            targets = [[number for number in row if number != IGNORED] for row in made.target_BK.tolist()]
+            counts_B = torch.tensor([len(row) for row in targets], device=counts_B.device)
+            losses["errors"] = error_loss(made.logits_BKV, counts_B, targets, rng=rng)
+            losses["loss"] = losses["loss"] + self.error_weight * losses["errors"]
+        return GeneratorOutput(losses["loss"], {name: value.detach() for name, value in losses.items()})
 
 
 def scaled_within(rates_BL: Tensor, ends_BL: Tensor, is_aligned_B: Tensor) -> Tensor:
@@ -107,7 +116,8 @@ class ParaformerTrainer(SpeechTrainer):
         model = build_speech_model(recipe.model, facts, None if state is None else state["model_config"])
         if recipe.model.alignment_weight and model.ctc_head is None:
             raise InvalidRecipe("model.alignment_weight needs the head for CTC, which model.init_from does not have")
-        self.raw_model = AlignedRates(model, recipe.model.alignment_weight).to(self.device).train()
+        weights = recipe.model.alignment_weight, recipe.model.error_weight
+        self.raw_model = RecogniserLosses(model, *weights).to(self.device).train()
         self.is_new = state is None and recipe.model.init_from is None
 
     def build_data(self) -> None:
@@ -146,7 +156,7 @@ class ParaformerTrainer(SpeechTrainer):
         counts_B = torch.tensor([len(row) for row in ids], device=self.device)
         return features_BLF, lengths_B, torch.nn.utils.rnn.pad_sequence(ids, batch_first=True).to(self.device), counts_B
 
-    def validate(self, model: AlignedRates) -> dict[str, float]:
+    def validate(self, model: RecogniserLosses) -> dict[str, float]:
         """Losses, with the same tokens shown each time, and the rates of wrong characters and words that it writes."""
         import jiwer
 
@@ -161,7 +171,7 @@ class ParaformerTrainer(SpeechTrainer):
         errors = {"cer": jiwer.cer(wanted, written), "wer": jiwer.wer(wanted, written)}
         return {f"val_{name}": value for name, value in (totals | errors).items()}
 
-    def show_samples(self, model: AlignedRates, tracker: Tracker) -> None:
+    def show_samples(self, model: RecogniserLosses, tracker: Tracker) -> None:
         count = min(self.recipe.run.num_samples, len(self.val_items))
         wanted = [text for _, text in self.val_items[:count]]
         lines = [f"{said}\n{heard}\n" for said, heard in zip(wanted, self._transcribe(model.model, count), strict=True)]

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
@@ -25,9 +25,6 @@ from ..core.registry import load
 from ..core.speech_tokenizer import SpeechTokenizer
 from ..generators.paraformer import Paraformer
 from ..generators.speak import Speak
-from ..nn.parallel import count_loss
-from ..nn.sanm import is_inside
-from .alignment import led_rates
 from .data import SampleOrder, derived_seed
 from .speak_data import SpokenClip, encode_clips
 from .speech_trainer import SpeechTrainer, build_speech_model
@@ -101,36 +98,8 @@ def collated(items: Sequence[tuple[Tensor, Tensor, Tensor]]) -> SpeakBatch:
     return SpeakBatch(tokens, counts_B, texts, lengths_B, durations)
 
 
-class LedSpeak(nn.Module):
-    """Speak's losses, its rates led by durations where these are known."""
-
-    def __init__(self, model: Speak):
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: SpeakBatch, rng: torch.Generator) -> GeneratorOutput:
-        """The training pass."""
-        durations_BT, model = batch.durations_BT, self.model
-        is_known_B = durations_BT.sum(dim=1) > 0
-        with led_rates(model.predictor, lambda rates_BT: torch.where(is_known_B[:, None], durations_BT, rates_BT)) as (
-            predicted
-        ):
-            output = model(batch.text_BT, batch.lengths_B, batch.tokens_BK, batch.counts_B, rng)
-        (rates_BT,) = predicted
-        inside_BT = is_inside(batch.lengths_B, rates_BT.shape[1]) & is_known_B[:, None]
-        distance_BT = (rates_BT.log1p() - durations_BT.log1p()).abs() * inside_BT
-        durations = distance_BT.sum() / inside_BT.sum().clamp(min=1)
-        counts = count_loss(rates_BT.sum(dim=1), batch.counts_B)
-        # The model has compared the led rates with their number.
-        loss = output.loss + durations + model.config.count_weight * (counts - output.metrics["counts"])
-        metrics = {"durations": durations.detach(), "counts": counts.detach(), "loss": loss.detach()}
-        return GeneratorOutput(loss, output.metrics | metrics)
-
-
 class SpeakTrainer(SpeechTrainer):
     """A speaker's run. The codec and the recogniser are frozen."""
-
-    exported_part = "model"
 
     def build_models(self, state: dict | None) -> None:
         recipe = self.recipe
@@ -151,7 +120,7 @@ class SpeakTrainer(SpeechTrainer):
             model.use_codec(self.codec)
         except TokenizerMismatch as error:
             raise InvalidRecipe(f"codec: {error}") from error
-        self.raw_model = LedSpeak(model).to(self.device).train()
+        self.raw_model = model.to(self.device).train()
 
     def _encoded(self, folder: str, split: str | None, name: str) -> list[SpokenClip]:
         recipe = self.recipe
@@ -173,7 +142,7 @@ class SpeakTrainer(SpeechTrainer):
         return facts
 
     def build_data(self) -> None:
-        recipe, model, rate = self.recipe, self.raw_model.model, self.codec.frame_rate
+        recipe, model, rate = self.recipe, self.raw_model, self.codec.frame_rate
         batch_of_all = recipe.run.batch_size * self.accelerator.num_processes
         self.data = SpeakClips(model, self.clips, rate, batch_of_all, recipe.run.seed)
         val_items = SpeakClips(model, self.val_clips, rate, 1, 0).items
@@ -194,26 +163,30 @@ class SpeakTrainer(SpeechTrainer):
 
     def train_on(self, batch: SpeakBatch, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
         seed = derived_seed(self.recipe.run.seed, self.step, self.accelerator.process_index, micro)
-        output = self.model(batch.to(self.device), torch.Generator().manual_seed(seed))
+        output = self._losses(self.model, batch, torch.Generator().manual_seed(seed))
         metrics = {name: value for name, value in output.metrics.items() if name != "loss"}
         return output.loss, metrics | {"total_loss": output.loss.detach()}
 
-    def validate(self, model: LedSpeak) -> dict[str, float]:
+    def _losses(self, model: torch.nn.Module, batch: SpeakBatch, rng: torch.Generator) -> GeneratorOutput:
+        batch = batch.to(self.device)
+        return model(batch.text_BT, batch.lengths_B, batch.tokens_BK, batch.counts_B, rng, batch.durations_BT)
+
+    def validate(self, model: Speak) -> dict[str, float]:
         """Losses, with the same tokens shown each time, and the rate of characters that the recogniser gets wrong."""
         rng, figures = torch.Generator().manual_seed(0), {}
         for batch in self.val_batches:
             share = len(batch.counts_B) / len(self.val_clips)
-            for name, value in model(batch.to(self.device), rng).metrics.items():
+            for name, value in self._losses(model, batch, rng).metrics.items():
                 figures[f"val_{name}"] = figures.get(f"val_{name}", 0.0) + float(value) * share
         if self.recogniser is not None:
             import jiwer
 
             clips = self.val_clips[:SPOKEN_CLIPS]
-            heard = self.recogniser.transcribe([model.model.speak(clip.text, seed=0) for clip in clips])
+            heard = self.recogniser.transcribe([model.speak(clip.text, seed=0) for clip in clips])
             figures["val_cer"] = jiwer.cer([clip.spoken for clip in clips], [said.text for said in heard])
         return figures
 
-    def show_samples(self, model: LedSpeak, tracker: Tracker) -> None:
+    def show_samples(self, model: Speak, tracker: Tracker) -> None:
         clips = self.val_clips[: self.recipe.run.num_samples]
         real = [read_audio(clip.path, self.codec.sample_rate) for clip in clips]
-        tracker.sounds(self.step, real, [model.model.speak(clip.text, seed=0) for clip in clips])
+        tracker.sounds(self.step, real, [model.speak(clip.text, seed=0) for clip in clips])

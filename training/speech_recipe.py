@@ -103,10 +103,13 @@ class ParaformerModelRecipe(SpeechModelRecipe):
 
     alignment_weight: of the loss that lets the rates complete tokens where the head for CTC hears them; see
     `paraformer_training.py`. The paper has none; with little data the rates hardly find the tokens without it.
+    error_weight: of minimum word error rate training with negative samples (section 2.5), which comes last: set it in a
+    run with init_from.
     """
 
     class_name: Literal["Paraformer"]
     alignment_weight: Weight = 0.0
+    error_weight: Weight = 0.0
 
     @model_validator(mode="after")
     def _has_ctc(self):

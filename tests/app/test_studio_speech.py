@@ -30,7 +30,7 @@ from pathlib import Path
 from mediatok.app import studio, studio_context, studio_models
 known = studio_models.models
 studio_models.models = lambda: [entry for entry in known() if entry.modality == "image"]
-studio_context.SAMPLES = Path(sys.argv[3])
+studio_context.SAMPLES = studio_context.CLIPS = Path(sys.argv[3])
 studio.launch(port=int(sys.argv[1]), models_dir=sys.argv[2], max_upload_mb=1, device="cpu")
 """
 

@@ -380,6 +380,24 @@ def test_paraformer_learns_its_rates_from_ctc(make_values, tmp_path):
     assert sum(figures["total_loss"][-10:]) < 0.6 * sum(figures["total_loss"][:10])
 
 
+def test_paraformer_learns_from_the_errors_of_its_samples(make_values, tmp_path):
+    plain = make_values("Paraformer")
+    run(plain, tmp_path / "run")
+    tuned = {"class_name": "Paraformer", "init_from": str(tmp_path / "run" / "model"), "error_weight": 1.0}
+    trainer = trainer_of(plain | {"model": tuned, "output": str(tmp_path / "tuned")})
+    features, *rest = trainer._inputs(next(trainer.open_batches(0)))
+    model = trainer.raw_model.eval()
+    torch.nn.init.normal_(model.model.decoder.head.weight)  # so that its samples differ in their errors
+    losses = model(features, *rest, torch.Generator().manual_seed(0))
+    trainer.raw_model.error_weight = 0.0
+    without = model(features, *rest, torch.Generator().manual_seed(0))
+    assert "errors" not in without.metrics
+    assert float(losses.metrics["loss"] - without.metrics["loss"]) == pytest.approx(
+        float(losses.metrics["errors"]), abs=1e-4
+    )
+    assert float(losses.metrics["errors"]) != 0
+
+
 def test_characters_last_until_the_next_and_pauses_stand_between_words():
     starts = torch.tensor([2.0, 4.0, 5.0, 30.0])
     durations = character_durations([" ", "a", "b", "c", ",", " ", "d", " "], starts, 40, 50.0)
