@@ -29,7 +29,7 @@ studio: $(STAMP)  ## check the shipped models, then serve the studio on http://1
 	$(PY) -m mediatok.app.demo
 	$(VENV)/bin/mediatok studio
 
-demo: $(STAMP)  ## encode and decode the sample pictures; reconstructions and .mtok files go to demo/
+demo: $(STAMP)  ## encode and decode the samples; reconstructions and .mtok files go to demo/
 	$(PY) -m mediatok.app.demo --out demo
 
 test: setup  ## run the tests

@@ -29,13 +29,17 @@ def check_recipe(path: Path, changes: list[str]) -> str:
     """The module that trains what the recipe at `path` describes; InvalidRecipe when it is wrong."""
     from ..training.codec_recipe import is_codec_recipe, load_codec_recipe
     from ..training.generator_recipe import is_generator_recipe, load_generator_recipe
+    from ..training.kmeans_recipe import is_kmeans_recipe, load_kmeans_recipe
     from ..training.recipe import load_recipe
+    from ..training.shape_recipe import is_shape_recipe, load_shape_recipe
     from ..training.speech_recipe import is_speech_recipe, load_speech_recipe
 
     kinds = (
         ("generator", is_generator_recipe, load_generator_recipe),
         ("codec", is_codec_recipe, load_codec_recipe),
         ("speech", is_speech_recipe, load_speech_recipe),
+        ("kmeans", is_kmeans_recipe, load_kmeans_recipe),
+        ("shape", is_shape_recipe, load_shape_recipe),
         ("tokenizer", lambda path: True, load_recipe),  # of images
     )
     name, _, load = next(kind for kind in kinds if kind[1](path))

@@ -1,8 +1,8 @@
 """Self-check and demonstration: `python -m mediatok.app.demo [--out demo]`.
 
 Every shipped image tokenizer that gives tokens encodes and decodes the sample pictures through the bytes of a `.mtok`
-file. A table tells tokens, bytes, PSNR and seconds. With `--out` the reconstructions, the `.mtok` files and one sheet
-of all are kept.
+file, and the codec the sample clips. Tables tell tokens, bytes, PSNR or STOI, and seconds. With `--out` the
+reconstructions, the `.mtok` files and one sheet of all pictures are kept.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from ..core.errors import MediatokError
 from ..core.files import atomic_write
 from ..core.images import fit_square, list_images, psnr, read_image, to_pixels, write_image
 from ..core.tokens import Tokens
+from .demo_speech import check_codec, format_speech, sample_clips, save_speech
 
+CODEC, RECOGNISER = "simcodec-tiny", "paraformer-tiny"
 SAMPLES = Path(__file__).parent.parent / "docs" / "samples"
 TILED_SAMPLE = "landscape"  # the large one that is not square
 MIN_PSNR = 10.0  # dB; below this a model is not merely imprecise but broken
@@ -133,7 +135,10 @@ def _draw_sheet(rows: list[Row], samples: list[Path]) -> Image.Image:
 
 
 def run(out: Path | None = None) -> list[Row]:
-    """Check every shipped image tokenizer, print the table, and write the results into `out` if it is given."""
+    """Check the shipped tokenizers, print the tables, and write the results into `out` if it is given.
+
+    Returns the rows of the pictures.
+    """
     samples = list_images(SAMPLES)
     rows = []
     for entry in registry.models():
@@ -142,8 +147,11 @@ def run(out: Path | None = None) -> list[Row]:
             if not tokenizer.is_continuous:  # latents have no .mtok file
                 rows += check_tokenizer(tokenizer, samples)
     print(format_table(rows))
+    spoken = check_codec(registry.load(CODEC), registry.load(RECOGNISER), sample_clips())
+    print(f"\n{format_speech(spoken)}")
     if out is not None:
         save_results(rows, samples, out)
+        save_speech(spoken, out)
         print(f"reconstructions, .mtok files and overview.png are in {out}/")
     return rows
 

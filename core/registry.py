@@ -25,6 +25,8 @@ CLASSES = {
     "KLAutoencoder": "tokenizers.image.kl_vae",
     "MaskGIT": "generators.maskgit",
     "XAR": "generators.xar",
+    "NextScale": "generators.next_scale",
+    "VAT": "tokenizers.shape.vat",
     "SemanticTokenizer": "tokenizers.speech.semantic",
     "SimCodec": "tokenizers.speech.simcodec",
     "Paraformer": "generators.paraformer",
@@ -100,6 +102,11 @@ ENTRIES = {
         ModelEntry("xar-tiny", "XAR", "Apache-2.0", 3_838_184, "64 px emoji, over kl-tiny", kind="generator"),
         ModelEntry(
             "simcodec-tiny", "SimCodec", "Apache-2.0", 3_447_025, "speech at 16 kHz, 0.6 kbps; one Russian voice",
+            modality="speech",
+        ),
+        ModelEntry(
+            "semantic-tiny", "SemanticTokenizer", "Apache-2.0", 2_165_936,
+            "what is said, 50 ids a second; one Russian voice",
             modality="speech",
         ),
         ModelEntry(

@@ -1,6 +1,7 @@
 """Train a generator: `accelerate launch -m mediatok.training.generator RECIPE.yaml [section.key=value ...]`.
 
 MaskGIT and xAR alike: the tokenizer's content of a picture and a label go in, the model's `forward` gives the loss.
+Next-scale generators of shapes (`next_scale_training.py`) share all but the data.
 
 Shape suffixes: B batch.
 """
@@ -184,8 +185,17 @@ def _sizes_of(recipe: GeneratorModelRecipe) -> dict:
     return constructor_arguments(entry)
 
 
+def generator_trainer(recipe: GeneratorRecipe) -> GeneratorTrainer:
+    """A run of `recipe`."""
+    if recipe.model.class_name == "NextScale":
+        from .next_scale_training import NextScaleTrainer  # builds on this module
+
+        return NextScaleTrainer(recipe)
+    return GeneratorTrainer(recipe)
+
+
 def main(argv: list[str] | None = None) -> int:
-    return run_from_command_line("mediatok.training.generator", load_generator_recipe, GeneratorTrainer, argv)
+    return run_from_command_line("mediatok.training.generator", load_generator_recipe, generator_trainer, argv)
 
 
 if __name__ == "__main__":

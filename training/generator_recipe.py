@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from .recipe import DataRecipe, OptimizerRecipe, RunRecipe, Section, Weight, load_recipe, read_recipe
 
-GENERATORS = ("MaskGIT", "XAR")
+GENERATORS = ("MaskGIT", "XAR", "NextScale")
 
 
 class GeneratorOptimizerRecipe(OptimizerRecipe):
@@ -79,11 +79,19 @@ class GeneratorRecipe(Section):
 
 
 def load_generator_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> GeneratorRecipe:
-    """Read and check the recipe at `path`; see `load_recipe`."""
+    """Read and check the recipe at `path` by its model.class_name; see `load_recipe`."""
+    if _class_name_of(path) == "NextScale":
+        from .next_scale_recipe import load_next_scale_recipe  # builds on this module
+
+        return load_next_scale_recipe(path, overrides)
     return load_recipe(path, overrides, GeneratorRecipe)
 
 
 def is_generator_recipe(path: str | Path) -> bool:
     """Whether the recipe at `path` trains a generator, by its model.class_name."""
+    return _class_name_of(path) in GENERATORS
+
+
+def _class_name_of(path: str | Path) -> str:
     model = read_recipe(path).get("model")
-    return isinstance(model, dict) and model.get("class_name") in GENERATORS
+    return str(model.get("class_name", "")) if isinstance(model, dict) else ""

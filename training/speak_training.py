@@ -10,6 +10,7 @@ Shape suffixes: B batch, T characters, K tokens, N letters.
 from __future__ import annotations
 
 import logging
+import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -60,7 +61,8 @@ class SpeakClips(Dataset):
         alphabet, frames = model.config.alphabet, frame_rate
         self.items = []
         for clip in clips:
-            known = "".join(c if c in alphabet or not c.isalnum() else " " for c in clip.text)
+            text = unicodedata.normalize("NFKC", clip.text).lower()
+            known = "".join(c if c in alphabet or not c.isalnum() else " " for c in text)
             ids = model.encode_text(known)
             durations = character_durations([alphabet[i] for i in ids], clip.starts_N * frames, len(clip.ids_K), frames)
             self.items.append((clip.ids_K, torch.tensor(ids), durations))

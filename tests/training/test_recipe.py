@@ -10,6 +10,7 @@ from mediatok.training.codec_recipe import is_codec_recipe, load_codec_recipe
 from mediatok.training.generator_recipe import is_generator_recipe, load_generator_recipe
 from mediatok.training.kmeans_recipe import is_kmeans_recipe, load_kmeans_recipe
 from mediatok.training.recipe import ModelRecipe, check_recipe, load_recipe
+from mediatok.training.shape_recipe import is_shape_recipe, load_shape_recipe
 from mediatok.training.speech_recipe import is_speech_recipe, load_speech_recipe
 from mediatok.training.tokenizer import main
 
@@ -20,6 +21,7 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 def test_shipped_recipes_are_valid(path):
     kinds = {is_generator_recipe: load_generator_recipe, is_codec_recipe: load_codec_recipe}
     kinds |= {is_speech_recipe: load_speech_recipe, is_kmeans_recipe: load_kmeans_recipe}
+    kinds |= {is_shape_recipe: load_shape_recipe}
     load = next((load for is_it, load in kinds.items() if is_it(path)), load_recipe)
     assert load(path).name == path.stem
 

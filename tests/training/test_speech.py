@@ -414,6 +414,9 @@ def test_letters_are_found_in_clips_and_kept_in_a_file(make_values, tokenizers, 
         assert len(clip.starts_N) in (0, letters)
         assert (clip.starts_N.diff() > 0).all()
     assert sum(len(clip.starts_N) > 0 for clip in trainer.clips) > 5
+    assert [bool(durations.any()) for _, _, durations in trainer.data.items] == [
+        len(clip.starts_N) > 0 for clip in trainer.clips
+    ]
     for ids, text, durations in trainer.data.items:
         assert len(text) == len(durations)
         assert float(durations.sum()) in (0, pytest.approx(len(ids)))

@@ -4,7 +4,7 @@ import sys
 
 import mediatok as mt
 import pytest
-from mediatok.app import demo
+from mediatok.app import demo, demo_speech
 from mediatok.core import registry
 from PIL import Image
 
@@ -12,8 +12,10 @@ from PIL import Image
 @pytest.fixture
 def random_models(shipped, monkeypatch):
     """Random models in the place of the shipped ones; what they give back is poor, and need not be better."""
+    load, speech = registry.load, {name: registry.load(name) for name in (demo.CODEC, demo.RECOGNISER)}
     monkeypatch.setattr(registry, "PRETRAINED", shipped)
     monkeypatch.setattr(demo, "MIN_PSNR", 0.0)
+    monkeypatch.setattr(registry, "load", lambda name: speech.get(name) or load(name))
 
 
 def test_table_and_results(random_models, tmp_path, capsys):
@@ -22,10 +24,23 @@ def test_table_and_results(random_models, tmp_path, capsys):
     # titok: every sample and one as tiles; one-d-piece: every sample at two lengths, and one as tiles
     assert len(rows) == (samples + 1) + (2 * samples + 1)
     table = capsys.readouterr().out
-    for words in ("tokens", "bytes", "PSNR", "seconds", "titok-tiny", "one-d-piece-tiny", "sunflower", "mean"):
+    for words in (
+        "STOI",
+        "heard after",
+        "tokens",
+        "bytes",
+        "PSNR",
+        "seconds",
+        "titok-tiny",
+        "one-d-piece-tiny",
+        "sunflower",
+        "mean",
+    ):
         assert words in table
     files = {path.name for path in (tmp_path / "demo").iterdir()}
-    assert len(files) == 2 * len(rows) + 1
+    clips = len(demo_speech.sample_clips())
+    assert clips == 2
+    assert len(files) == 2 * len(rows) + 2 * clips + 1
     with Image.open(tmp_path / "demo/overview.png") as sheet:
         assert sheet.width > 1000
     tokens = mt.Tokens.load(tmp_path / "demo/landscape.titok-tiny.tiled.mtok")
@@ -61,3 +76,22 @@ def test_samples_are_small_and_attributed():
     text = (demo.SAMPLES / "README.md").read_text()
     assert "MIT" in text
     assert all(path.stem in text for path in files if path.suffix == ".png")
+
+
+def test_the_codec_gives_the_clips_back_and_both_are_understood():
+    import jiwer
+
+    said = "электричество было потушено и бледный свет проникал сквозь стёкла глазков"
+    codec, recogniser = registry.load(demo.CODEC), registry.load(demo.RECOGNISER)
+    (row,) = demo_speech.check_codec(codec, recogniser, [demo_speech.CLIPS / "light.flac"])
+    assert jiwer.cer(said, row.heard[0]) < 0.3
+    assert jiwer.cer(said, row.heard[1]) < 0.5
+    assert row.tokens.num_bytes < 600
+    assert row.sound.samples.shape == (1, 100_000)
+
+
+def test_a_broken_codec_fails_the_check(monkeypatch):
+    monkeypatch.setattr(demo_speech, "MIN_STOI", 0.99)
+    codec, recogniser = registry.load(demo.CODEC), registry.load(demo.RECOGNISER)
+    with pytest.raises(mt.MediatokError, match="self-check failed"):
+        demo_speech.check_codec(codec, recogniser, demo_speech.sample_clips())
