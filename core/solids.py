@@ -77,20 +77,24 @@ def solid_of(mesh: trimesh.Trimesh) -> Solid:
     bounds_23 = np.stack([vertices_V3.min(axis=0), vertices_V3.max(axis=0)])
     faces_F3, more = drop_repeated_faces(faces_F3, len(vertices_V3))
     notes += more
-    all_faces_F3 = faces_F3
-    faces_F3, more = face_outward(vertices_V3, faces_F3)
-    notes += more
-    source: Winding | Filling = Winding(vertices_V3, faces_F3)
-    is_open = source.num_open_edges > 0 or len(faces_F3) < len(all_faces_F3)
-    method = "winding number" if is_open else "watertight"
-    if is_open:
-        notes.append(f"open edges: {source.num_open_edges:,}")
-        filling = fill(vertices_V3, all_faces_F3)
-        if filling is not None and not _agrees(source, filling):
+    outward_F3, more = face_outward(vertices_V3, faces_F3)
+    source: Winding | Filling = Winding(vertices_V3, outward_F3)
+    method = "watertight"
+    if source.num_open_edges or len(outward_F3) < len(faces_F3):
+        method = "winding number"
+        filling = fill(vertices_V3, faces_F3)
+        share = 1.0 if filling is None else _agreement(source, filling)
+        if share < AGREEMENT:  # open patches may have been turned for the worse
+            as_it_was = Winding(vertices_V3, faces_F3)
+            if _agreement(as_it_was, filling) > share:
+                source, outward_F3, more, share = as_it_was, faces_F3, [], _agreement(as_it_was, filling)
+        more.append(f"open edges: {source.num_open_edges:,}")
+        if share < AGREEMENT:
             source, method = filling, "filled"
-            notes.append("the faces do not agree on a side: what they enclose was filled")
+            more.append("the faces do not agree on a side: what they enclose was filled")
+    notes += more
     solid = Solid(method, (), bounds_23, source)
-    if not _has_inside(solid, vertices_V3, faces_F3):
+    if not _has_inside(solid, vertices_V3, outward_F3):
         notes.append("nothing is inside: the surface encloses no space")
     solid.notes = tuple(notes)
     return solid
@@ -119,15 +123,15 @@ def _joined(vertices_V3: np.ndarray, faces_F3: np.ndarray) -> tuple[np.ndarray, 
     return vertices_V3, faces_F3, notes
 
 
-def _agrees(winding: Winding, filling: Filling) -> bool:
-    """Whether the surface goes around most of what it encloses, or clearly does not, as around the air in a cupboard.
+def _agreement(winding: Winding, filling: Filling) -> float:
+    """How much of what is enclosed the surface goes around, or clearly does not, as around the air in a cupboard.
 
-    If it goes half around where no way leads out, its faces look both ways.
+    Where it goes half around and no way leads out, its faces look both ways.
     """
     if winding.num_open_edges > MAX_OPEN_EDGES:
-        return False
+        return 0.0
     winding_N = np.abs(winding.at(filling.enclosed_points(PROBES)))
-    return np.mean((winding_N > 0.5) | (winding_N < CLEARLY_OUTSIDE)) >= AGREEMENT
+    return float(np.mean((winding_N > 0.5) | (winding_N < CLEARLY_OUTSIDE)))
 
 
 def _has_inside(solid: Solid, vertices_V3: np.ndarray, faces_F3: np.ndarray) -> bool:

@@ -223,7 +223,7 @@ def test_field_is_bilinear_sampling_and_a_network(side):
 
 def test_planes_hold_their_own_coordinates():
     """A plane of one bright pixel lights the points over it, whatever their third coordinate."""
-    head = OccupancyHead(1, 3)
+    _, head = planes_and_head(features=1)
     for plane, (across, down) in enumerate(PLANES):
         planes = torch.zeros(1, 3, 1, 4, 4)
         planes[0, plane, 0, 3, 1] = 1.0  # row 3, column 1: centres at 0.75 and -0.25
