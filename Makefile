@@ -45,11 +45,17 @@ bench: $(STAMP)  ## print speed and memory as ratios against the plain formulati
 	$(PY) benchmarks/titok.py
 	$(PY) benchmarks/maskgit.py
 	$(PY) benchmarks/xar.py
+	$(PY) benchmarks/simcodec.py
+	$(PY) benchmarks/cif.py
+	$(PY) benchmarks/paraformer.py
+	$(PY) benchmarks/gense.py
 
-data: $(STAMP)  ## fetch fluent-emoji, the EfficientNet-Lite0 features and festvox-ru into data/
+data: $(STAMP)  ## fetch fluent-emoji, EfficientNet-Lite0 features, festvox-ru, furniture and pybullet's shapes into data/
 	$(PY) -m mediatok.training.fetch_emoji --out data/fluent-emoji
 	$(PY) -m mediatok.training.fetch_features --out data/efficientnet_lite0.safetensors
 	$(PY) -m mediatok.training.fetch_festvox --out data/festvox-ru
+	$(PY) -m mediatok.training.fetch_furniture --out data/furniture
+	$(PY) -m mediatok.training.fetch_pybullet --out data/pybullet
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) demo build *.egg-info

@@ -1,27 +1,29 @@
-"""`mediatok encode`, `decode` and `reconstruct`: pictures and audio to `.mtok` files and back.
+"""`mediatok encode`, `decode` and `reconstruct`: pictures, audio and meshes to `.mtok` files and back.
 
-What is done with either is in cli_pictures.py and cli_audio.py.
+What is done with each is in cli_pictures.py, cli_audio.py and cli_shapes.py.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..core.errors import InvalidInput, ModelNotFound
-from . import cli_audio, cli_pictures
-from .cli_jobs import DECODED, TOKEN_SUFFIXES, Outcome, plan_jobs
-from .cli_media import AUDIO, PICTURES, Files, Out, find_medium, refuse_options
+from . import cli_audio, cli_pictures, cli_shapes
+from .cli_jobs import DECODED, TOKEN_SUFFIXES, Job, Outcome, plan_jobs
+from .cli_media import AUDIO, MEDIA, MESHES, PICTURES, Files, Medium, Out, check_options, find_medium, medium_of_tokens
 from .cli_models import AsJson, BatchSize, Device, DType, load_tokenizer
+from .cli_shapes import PointSeed, Resolution, UpToScale, shape_options
 
 Model = Annotated[
     str | None,
     typer.Option(
         "--model", "-m",
         help=f"Name, folder or hub id; default {cli_pictures.FIXED_MODEL}, or {cli_pictures.VARIABLE_MODEL} if a "
-        f"length or quality is given; {cli_audio.DEFAULT_MODEL} for audio.",
+        f"length or quality is given; {cli_audio.DEFAULT_MODEL} for audio, {cli_shapes.DEFAULT_MODEL} for meshes.",
     ),
 ]  # fmt: skip
 NumTokens = Annotated[int | None, typer.Option(min=1, help="Keep the first tokens only (variable-length models).")]
@@ -39,23 +41,29 @@ def encode(
     target_psnr: TargetPsnr = None,
     max_bytes: MaxBytes = None,
     tile: Tile = False,
+    seed: PointSeed = None,
+    up_to_scale: UpToScale = None,
     batch_size: BatchSize = 8,
     device: Device = "cpu",
     dtype: DType = "float32",
     as_json: AsJson = False,
 ) -> None:
-    """Turn pictures or audio into .mtok files.
+    """Turn pictures, audio or meshes into .mtok files.
 
     cat.png becomes cat.mtok beside it; a folder photos becomes a folder photos-tokens; --out names another place.
     """
     outcome, options = Outcome(), length_options(num_tokens, target_psnr, max_bytes)
-    where = {"device": device, "dtype": dtype}
-    if find_medium(inputs, model) is AUDIO:
-        refuse_options(picture_options(num_tokens, target_psnr, max_bytes, tile), AUDIO)
-        cli_audio.encode_audio(inputs, out, model, outcome, batch_size=batch_size, **where)
-    else:
-        name = model or cli_pictures.default_model(options)
-        cli_pictures.encode_pictures(inputs, out, name, outcome, options, tile, batch_size=batch_size, **where)
+    medium = find_medium(inputs, model)
+    check_options(
+        picture_options(num_tokens, target_psnr, max_bytes, tile) | shape_options(seed, up_to_scale=up_to_scale), medium
+    )
+    encode_files = {
+        PICTURES: partial(cli_pictures.encode_pictures, options=options, tile=tile),
+        AUDIO: cli_audio.encode_audio,
+        MESHES: partial(cli_shapes.encode_shapes, seed=seed, up_to_scale=up_to_scale),
+    }[medium]
+    name = choose_model(model, medium, options)
+    encode_files(inputs, out, name, outcome, batch_size=batch_size, device=device, dtype=dtype)
     outcome.finish(as_json, _line, lambda records: _summary("encoded", records))
 
 
@@ -66,27 +74,29 @@ def decode(
         str | None, typer.Option("--model", "-m", help="Name, folder or hub id; default: the one named in the file.")
     ] = None,
     text: Text = None,
+    resolution: Resolution = None,
+    up_to_scale: UpToScale = None,
     batch_size: BatchSize = 8,
     device: Device = "cpu",
     dtype: DType = "float32",
     as_json: AsJson = False,
 ) -> None:
-    """Turn .mtok files back into pictures and sound.
+    """Turn .mtok files back into pictures, sound and meshes.
 
-    cat.mtok becomes cat.decoded.png beside it, or cat.decoded.wav; a folder photos becomes a folder photos-decoded;
-    --out names another place or format.
+    cat.mtok becomes cat.decoded.png beside it, or cat.decoded.wav or .glb; a folder photos becomes a folder
+    photos-decoded; --out names another place or format.
     """
     outcome = Outcome()
     jobs = plan_jobs(
         inputs, out, outcome,
-        suffixes=TOKEN_SUFFIXES, output_suffixes=PICTURES.outputs + AUDIO.outputs, tag=DECODED, folder_tag="-decoded",
-        default_suffix=lambda path: (AUDIO if cli_audio.holds_speech(path) else PICTURES).outputs[0],
+        suffixes=TOKEN_SUFFIXES, output_suffixes=PICTURES.outputs + AUDIO.outputs + MESHES.outputs,
+        tag=DECODED, folder_tag="-decoded", default_suffix=lambda path: medium_of_tokens(path).outputs[0],
     )  # fmt: skip
-    speech, pictures = [], []
+    jobs_of: dict[Medium, list[Job]] = {medium: [] for medium in MEDIA}
     for job in jobs:
-        (speech if cli_audio.holds_speech(job.source) else pictures).append(job)
-    if speech:
-        refuse_options({"--text": text}, AUDIO)
+        medium = medium_of_tokens(job.source)
+        check_options({"--text": text} | shape_options(None, resolution, up_to_scale), medium)
+        jobs_of[medium].append(job)
     tokenizers: dict[str, object] = {}
 
     def tokenizer_of(tokens):
@@ -99,11 +109,12 @@ def decode(
         if name not in tokenizers:
             tokenizers[name] = load_tokenizer(name, device, dtype, tokens.modality)
         elif tokenizers[name].modality != tokens.modality:
-            raise InvalidInput(f"this holds {tokens.modality}, and {name} is a tokenizer of another kind")
+            raise InvalidInput(f"this holds {tokens.modality} tokens, and {name} is a tokenizer of another kind")
         return tokenizers[name]
 
-    cli_pictures.decode_pictures(pictures, outcome, tokenizer_of, text, batch_size)
-    cli_audio.decode_audio(speech, outcome, tokenizer_of)
+    cli_pictures.decode_pictures(jobs_of[PICTURES], outcome, tokenizer_of, text, batch_size)
+    cli_audio.decode_audio(jobs_of[AUDIO], outcome, tokenizer_of)
+    cli_shapes.decode_shapes(jobs_of[MESHES], outcome, tokenizer_of, resolution, up_to_scale)
     outcome.finish(as_json, _line, lambda records: _summary("decoded", records))
 
 
@@ -116,26 +127,40 @@ def reconstruct(
     max_bytes: MaxBytes = None,
     tile: Tile = False,
     text: Text = None,
+    seed: PointSeed = None,
+    resolution: Resolution = None,
+    up_to_scale: UpToScale = None,
     batch_size: BatchSize = 8,
     device: Device = "cpu",
     dtype: DType = "float32",
     as_json: AsJson = False,
 ) -> None:
-    """Encode, decode and tell how much is lost: PSNR of pictures, log-mel distance of audio.
+    """Encode, decode and tell how much is lost: PSNR of pictures, log-mel distance of audio, F-score of meshes.
 
     cat.png becomes cat.reconstructed.png beside it; a folder photos becomes a folder photos-reconstructed.
     """
     outcome, options = Outcome(), length_options(num_tokens, target_psnr, max_bytes)
-    where = {"device": device, "dtype": dtype}
-    if find_medium(inputs, model) is AUDIO:
-        refuse_options(picture_options(num_tokens, target_psnr, max_bytes, tile, text), AUDIO)
-        cli_audio.reconstruct_audio(inputs, out, model, outcome, batch_size=batch_size, **where)
-    else:
-        name = model or cli_pictures.default_model(options)
-        cli_pictures.reconstruct_pictures(
-            inputs, out, name, outcome, options, tile, text, batch_size=batch_size, **where
-        )
+    medium = find_medium(inputs, model)
+    of_pictures = picture_options(num_tokens, target_psnr, max_bytes, tile, text)
+    check_options(of_pictures | shape_options(seed, resolution, up_to_scale), medium)
+    reconstruct_files = {
+        PICTURES: partial(cli_pictures.reconstruct_pictures, options=options, tile=tile, text=text),
+        AUDIO: cli_audio.reconstruct_audio,
+        MESHES: partial(cli_shapes.reconstruct_shapes, seed=seed, resolution=resolution, up_to_scale=up_to_scale),
+    }[medium]
+    name = choose_model(model, medium, options)
+    reconstruct_files(inputs, out, name, outcome, batch_size=batch_size, device=device, dtype=dtype)
     outcome.finish(as_json, _line, lambda records: _summary("reconstructed", records))
+
+
+def choose_model(model: str | None, medium: Medium, options: dict) -> str:
+    """The model that is asked for, or the default one; for pictures it depends on `options` of the length."""
+    defaults = {
+        PICTURES: cli_pictures.default_model(options),
+        AUDIO: cli_audio.DEFAULT_MODEL,
+        MESHES: cli_shapes.DEFAULT_MODEL,
+    }
+    return model or defaults[medium]
 
 
 def length_options(num_tokens: int | None, target_psnr: float | None, max_bytes: int | None) -> dict:
@@ -158,12 +183,14 @@ def picture_options(
     return options | {"--tile": tile, "--text": text}
 
 
+# What the records of each kind have, and who puts them into words.
+WORDS = {"width": cli_pictures, "seconds": cli_audio, "faces": cli_shapes}
+
+
 def _line(record: dict) -> str:
-    return cli_audio.line(record) if "seconds" in record else cli_pictures.line(record)
+    return next(words.line(record) for key, words in WORDS.items() if key in record)
 
 
 def _summary(verb: str, records: list[dict]) -> str:
-    clips = [record for record in records if "seconds" in record]
-    pictures = [record for record in records if "seconds" not in record]
-    parts = [cli_pictures.summary(verb, pictures)] if pictures else []
-    return "\n".join(parts + ([cli_audio.summary(verb, clips)] if clips else []))
+    groups = [(words, [record for record in records if key in record]) for key, words in WORDS.items()]
+    return "\n".join(words.summary(verb, group) for words, group in groups if group)

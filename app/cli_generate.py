@@ -1,4 +1,4 @@
-"""`mediatok generate`: pictures of chosen classes from a generator, as files or as one grid."""
+"""`mediatok generate`: pictures or meshes of chosen classes from a generator, as files; pictures as one grid, too."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ import typer
 from .. import __version__
 from ..core.errors import InvalidInput
 from .cli_jobs import TOKEN_SUFFIXES, Outcome, make_folder
-from .cli_media import PICTURES
+from .cli_media import MEDIA, MESHES, PICTURES, Medium, check_options
 from .cli_models import AsJson, BatchSize, Device, DType, load_generator, load_tokenizer
+from .cli_shapes import EmptyShape, Resolution, shape_options, write_generated
 
 NO_CLASS = "none"
 FOLDER = Path("generated")
 NAME_LENGTH = 40  # of a label in a file name
 GRID_GAP = 2  # pixels between the pictures of a grid
+UNITS = {PICTURES: "images", MESHES: "meshes"}  # made a second
 FLAGS = {"true": True, "yes": True, "false": False, "no": False}
 FILE_SUFFIX = re.compile(r"\.(?=\d*[a-z])[a-z0-9]{1,5}", re.IGNORECASE)  # "x.gif" names a file, "run.2" does not
 
@@ -33,8 +35,8 @@ def generate(
         list[str] | None,
         typer.Argument(help='Classes by name or number, "none" for no class; default: all classes in turn.'),
     ] = None,
-    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Pictures of each label; without, in all.")] = 1,
-    seed: Annotated[int | None, typer.Option(help="Of the first picture, the others count on; default random.")] = None,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Results of each label; without, in all.")] = 1,
+    seed: Annotated[int | None, typer.Option(help="Of the first result, the others count on; default random.")] = None,
     steps: Annotated[str | None, typer.Option(help="Steps; two as 50,15 fall from first to last cell (xAR).")] = None,
     guidance: Annotated[float | None, typer.Option(help="Strength of the class; default the model's own.")] = None,
     option: Annotated[
@@ -42,10 +44,11 @@ def generate(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help=f"File for one picture or a grid, or folder; default the folder {FOLDER}."),
+        typer.Option("--out", "-o", help=f"File for one result or a grid, or folder; default the folder {FOLDER}."),
     ] = None,
     grid: Annotated[bool, typer.Option("--grid", help="One file with all pictures, a row for each label.")] = False,
-    tokens: Annotated[bool, typer.Option("--tokens", help="Also write each picture's tokens as .mtok.")] = False,
+    resolution: Resolution = None,
+    tokens: Annotated[bool, typer.Option("--tokens", help="Also write each result's tokens as .mtok.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
     edit: Annotated[Path | None, typer.Option(help="Picture or .mtok to change: keeps the --keep units.")] = None,
     keep: Annotated[str | None, typer.Option(help="Tokens or cells of --edit that stay, as 0,1,5-9.")] = None,
@@ -56,7 +59,7 @@ def generate(
     dtype: DType = "float32",
     as_json: AsJson = False,
 ) -> None:
-    """Make pictures of chosen classes.
+    """Make pictures or meshes of chosen classes; the generator says which.
 
     Files are named by label and seed; a PNG says in its text fields how to make it again.
     """
@@ -65,49 +68,65 @@ def generate(
     sampling = _sampling(steps, guidance, option or [])
     units = None if keep is None else parse_units(keep)
     generator = load_generator(model, device, dtype)
+    medium = next(medium for medium in MEDIA if medium.modality == generator.modality)
+    of_pictures = {"--steps": steps, "--grid": grid, "--edit": edit, "--keep": keep}
+    check_options(of_pictures | shape_options(resolution=resolution), medium)
     if list_labels:
         _print_labels(generator, as_json)
         return
     if tokenizer is not None:
-        generator.use_tokenizer(load_tokenizer(tokenizer, device, dtype))
+        generator.use_tokenizer(load_tokenizer(tokenizer, device, dtype, medium.modality))
 
     from ..core.generator import image_seeds
 
-    shared = {"edit": edit, "keep": keep, "tokenizer": tokenizer, "dtype": dtype if dtype != "float32" else None}
-    plan = _Plan(generator, asdict(generator.checked_settings(**sampling)), shared)
-    classes = _classes(generator, labels, count)
+    shared = {
+        "edit": edit, "keep": keep, "resolution": resolution, "tokenizer": tokenizer,
+        "dtype": dtype if dtype != "float32" else None,
+    }  # fmt: skip
+    plan = _Plan(generator, medium, asdict(generator.checked_settings(**sampling)), shared)
+    classes = _classes(generator, medium, labels, count)
     seeds = image_seeds(image_seeds(seed, 1)[0], len(classes))
     if tokens and (grid or generator.tokenizer.is_continuous):
         reason = "a grid has no tokens of its own" if grid else f"{generator.name} makes latents, not tokens"
         raise InvalidInput(f"--tokens: {reason}")
     names = [f"grid-{seeds[0]}.png"] if grid else [plan.file_name(*pair) for pair in zip(classes, seeds, strict=True)]
-    targets = _targets(out, grid, names)
+    targets = _targets(out, medium, names)
     _check_targets([*targets, *(path.with_suffix(TOKEN_SUFFIXES[0]) for path in targets if tokens)], edit, overwrite)
     if edit is not None:
         sampling |= {"start": _start(generator, edit), "keep": units}
+    if resolution is not None:
+        sampling["resolution"] = resolution
 
     outcome, pictures = Outcome(), []
-    for rows, result, seconds in _batches(generator, classes, seeds, batch_size, sampling):
+    write = {PICTURES: _write_made, MESHES: write_generated}[medium]
+    for rows, result, seconds in _batches(generator, medium, classes, seeds, batch_size, sampling):
         for index, row in enumerate(rows):
             target = targets[0 if grid else row]
-            outcome.records.append(plan.record(target, classes[row], seeds[row], seconds / len(rows)))
+            record = plan.record(target, classes[row], seeds[row], seconds / len(rows))
             if grid:
                 pictures.append(result.images[index])
+                outcome.records.append(record)
                 continue
-            _write(result.images[index], target, plan.text(classes[row : row + 1], 1, seeds[row]))
+            try:
+                record |= write(result, index, target, plan.text(classes[row : row + 1], 1, seeds[row]))
+            except EmptyShape as error:
+                outcome.fail(target, error)
+                continue
+            outcome.records.append(record)
             if tokens:
-                generator.tokens(result.content[index : index + 1]).save(target.with_suffix(TOKEN_SUFFIXES[0]))
+                _tokens(generator, result, index).save(target.with_suffix(TOKEN_SUFFIXES[0]))
     if grid:
         columns = count if labels and count > 1 else _square(len(pictures))
         _write(tile(pictures, columns), targets[0], plan.text(classes[::count] if labels else [], count, seeds[0]))
-    outcome.finish(as_json, _line, _summary)
+    outcome.finish(as_json, _line, lambda records: _summary(records, medium))
 
 
 class _Plan:
-    """What all pictures of a call share, and what is told about each of them."""
+    """What all results of a call share, and what is told about each of them."""
 
-    def __init__(self, generator, settings: dict[str, Any], shared: dict[str, Any]):
+    def __init__(self, generator, medium: Medium, settings: dict[str, Any], shared: dict[str, Any]):
         self.generator = generator
+        self.suffix = medium.outputs[0]
         self.settings = {name: _short(value) for name, value in settings.items()}
         self.shared = {name: str(value) for name, value in shared.items() if value is not None}
 
@@ -120,7 +139,7 @@ class _Plan:
 
     def file_name(self, number: int, seed: int) -> str:
         word = re.sub(r"\W+", "-", self.label(number).lower()).strip("-")[:NAME_LENGTH].rstrip("-")
-        return f"{word if word and not word.isdigit() else f'class-{number}'}-{seed}.png"
+        return f"{word if word and not word.isdigit() else f'class-{number}'}-{seed}{self.suffix}"
 
     def record(self, target: Path, number: int, seed: int, seconds: float) -> dict:
         """One line of the report."""
@@ -185,11 +204,12 @@ def parse_options(pairs: list[str]) -> dict[str, Any]:
 
 
 def _sampling(steps: str | None, guidance: float | None, pairs: list[str]) -> dict[str, Any]:
-    """What --steps, --guidance and --set say together."""
+    """What --steps, --guidance and --set say together; what is not given is the generator's to choose."""
     given = {"steps": parse_steps(steps), "guidance": guidance}
+    given = {name: value for name, value in given.items() if value is not None}
     options = parse_options(pairs)
     for name in options:
-        if given.get(name) is not None:
+        if name in given:
             raise InvalidInput(f"--{name} and --set {name} say the same thing; give one of them")
     return given | options
 
@@ -206,28 +226,29 @@ def tile(pictures: list, columns: int):
     return canvas
 
 
-def _classes(generator, labels: list[str] | None, count: int) -> list[int]:
-    """The class of each picture."""
+def _classes(generator, medium: Medium, labels: list[str] | None, count: int) -> list[int]:
+    """The class of each result."""
     from ..core.generator import MAX_IMAGES
 
     asked = count * max(len(labels or ()), 1)
     if asked > MAX_IMAGES:
-        raise InvalidInput(f"{asked} pictures are asked for; one call makes at most {MAX_IMAGES}")
+        raise InvalidInput(f"{asked} {medium.many} are asked for; one call makes at most {MAX_IMAGES}")
     if not labels:
-        return [index % generator.config.num_classes for index in range(count)]
+        return [index % (generator.config.num_classes or 1) for index in range(count)]  # 0 of 0 classes is "no class"
     names = [name.lower() for name in generator.label_names]
     given = [None if label.lower() == NO_CLASS and NO_CLASS not in names else label for label in labels]
     return [number for number in generator.label_ids(given).tolist() for _ in range(count)]
 
 
-def _targets(out: Path | None, grid: bool, names: list[str]) -> list[Path]:
-    """The file of each picture, or of the grid, called one of `names` unless `out` names it."""
-    if out is not None and not out.is_dir() and out.suffix.lower() in PICTURES.outputs:
+def _targets(out: Path | None, medium: Medium, names: list[str]) -> list[Path]:
+    """The file of each result, or of the grid, called one of `names` unless `out` names it."""
+    if out is not None and not out.is_dir() and out.suffix.lower() in medium.outputs:
         if len(names) > 1:
-            raise InvalidInput(f"--out {out} is one file for {len(names)} pictures; name a folder, or add --grid")
+            way_out = "name a folder" + (", or add --grid" if "--grid" in medium.options else "")
+            raise InvalidInput(f"--out {out} is one file for {len(names)} {medium.many}; {way_out}")
         return [out]
     if out is not None and not out.is_dir() and (out.is_file() or FILE_SUFFIX.fullmatch(out.suffix)):
-        raise InvalidInput(f"--out {out} must end in {', '.join(PICTURES.outputs)}, or be a folder")
+        raise InvalidInput(f"--out {out} must end in {', '.join(medium.outputs)}, or be a folder")
     return [(out or FOLDER) / name for name in names]
 
 
@@ -250,13 +271,14 @@ def _start(generator, edit: Path):
     return start
 
 
-def _batches(generator, classes: list[int], seeds: list[int], batch_size: int, sampling: dict):
+def _batches(generator, medium: Medium, classes: list[int], seeds: list[int], batch_size: int, sampling: dict):
     """Rows, result and seconds of one batch after the other, so that files are there as soon as they are made."""
     from tqdm import tqdm
 
     total = len(classes)
     bar_format = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
-    with tqdm(total=total, desc="generate", unit=" images", bar_format=bar_format, file=sys.stderr, leave=False) as bar:
+    unit = f" {UNITS[medium]}"
+    with tqdm(total=total, desc="generate", unit=unit, bar_format=bar_format, file=sys.stderr, leave=False) as bar:
         for first in range(0, total, batch_size):
             rows = range(first, min(first + batch_size, total))
 
@@ -271,6 +293,12 @@ def _batches(generator, classes: list[int], seeds: list[int], batch_size: int, s
             yield rows, result, time.perf_counter() - begin
 
 
+def _write_made(result, index: int, path: Path, text: dict[str, str]) -> dict:
+    """Write one picture of a batch; what is told about it besides, which is nothing."""
+    _write(result.images[index], path, text)
+    return {}
+
+
 def _write(picture, path: Path, text: dict[str, str]) -> None:
     from ..core.images import write_image
 
@@ -278,10 +306,17 @@ def _write(picture, path: Path, text: dict[str, str]) -> None:
     write_image(picture, path, text=text)
 
 
+def _tokens(generator, result, index: int):
+    """The tokens of one result of a batch."""
+    return result.tokens[index] if hasattr(result, "tokens") else generator.tokens(result.content[index : index + 1])
+
+
 def _print_labels(generator, as_json: bool) -> None:
     num_classes, names = generator.config.num_classes, generator.label_names
     if as_json:
         print(json.dumps({"model": generator.name, "num_classes": num_classes, "labels": list(names)}, indent=2))
+    elif not num_classes:
+        print(f"{generator.name} has no classes")
     elif not names:
         print(f"{generator.name} has {num_classes} classes without names: 0 to {num_classes - 1}")
     else:
@@ -309,8 +344,8 @@ def _line(record: dict) -> str:
     return f"{record['output']}  {record['label']}  seed {record['seed']}  {record['seconds']:.2f} s"
 
 
-def _summary(records: list[dict]) -> str:
+def _summary(records: list[dict], medium: Medium) -> str:
     seconds = sum(record["seconds"] for record in records)
-    speed = f", {len(records) / seconds:.2f} images/s" if seconds else ""
+    speed = f", {len(records) / seconds:.2f} {UNITS[medium]}/s" if seconds else ""
     where = sorted({str(Path(record["output"]).parent) for record in records})
-    return f"made {len(records)} pictures with {records[0]['model']} in {', '.join(where)}: {seconds:.1f} s{speed}"
+    return f"made {len(records)} {medium.many} with {records[0]['model']} in {', '.join(where)}: {seconds:.1f} s{speed}"

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..core.errors import InvalidInput
-from . import cli_audio, cli_pictures
-from .cli_codec import MaxBytes, Model, NumTokens, TargetPsnr, Text, length_options, picture_options
+from .cli_codec import MaxBytes, Model, NumTokens, TargetPsnr, Text, choose_model, length_options, picture_options
 from .cli_jobs import Outcome, collect_files, make_folder, reasons_first, steps_bar
-from .cli_media import AUDIO, PICTURES, Files, find_medium, only, refuse_options
+from .cli_media import AUDIO, MESHES, PICTURES, Files, check_options, find_medium, only
 from .cli_models import AsJson, BatchSize, Device, DType, load_generator, load_tokenizer
+from .cli_shapes import RESOLUTION, PointSeed, Resolution, shape_options
 
 
 def evaluate(
@@ -46,6 +47,8 @@ def evaluate(
         str | None, typer.Option(help="Only the clips of this split of the folder's splits.json: train, val or test.")
     ] = None,
     dnsmos: Annotated[bool, typer.Option("--dnsmos", help="Adds DNSMOS of speech: seconds for each clip.")] = False,
+    seed: PointSeed = None,
+    resolution: Resolution = None,
     set_name: Annotated[
         str | None, typer.Option(help="What the report calls the set; default the folder's name.")
     ] = None,
@@ -57,12 +60,13 @@ def evaluate(
     """Measure how much a tokenizer loses, and at what rate.
 
     Pictures: PSNR, SSIM, bits per pixel; LPIPS and rFID with the weights of their networks. Speech: log-mel distance,
-    STOI, PESQ, SI-SDR, bits per second; error rates with a recogniser. The figures come with their protocol:
-    set and its hash, preprocessing, networks and their hashes.
+    STOI, PESQ, SI-SDR, bits per second; error rates with a recogniser. Meshes: IoU, Chamfer distances, F-scores,
+    bytes. The figures come with their protocol: set and its hash, preprocessing, networks and their hashes.
     """
     from ..evaluation.error_rates import find_transcripts
     from ..evaluation.evaluate import evaluate as evaluate_pictures
     from ..evaluation.report import Report, compare
+    from ..evaluation.shapes import evaluate_shapes
     from ..evaluation.speech import evaluate_speech
 
     outcome, options = Outcome(), length_options(num_tokens, target_psnr, max_bytes)
@@ -72,22 +76,14 @@ def evaluate(
         "lpips_weights": lpips_weights, "inception_weights": inception_weights, "lite0_weights": lite0_weights,
     }  # fmt: skip
     medium = find_medium(inputs, model)
-    if medium is AUDIO:
-        refuse_options(picture_options(num_tokens, target_psnr, max_bytes, text=text) | {
-            f"--{name.replace('_', '-')}": value for name, value in weights.items()
-        }, AUDIO)  # fmt: skip
-        if transcripts is not None and recogniser is None:
-            raise InvalidInput("--transcripts needs a --recogniser, whose transcripts are compared with them")
-    else:
-        speech_options = {
-            "--recogniser": recogniser,
-            "--transcripts": transcripts,
-            "--dnsmos": dnsmos,
-            "--split": split,
-        }
-        refuse_options(speech_options, PICTURES)
+    of_pictures = picture_options(num_tokens, target_psnr, max_bytes, text=text)
+    of_pictures |= {f"--{name.replace('_', '-')}": value for name, value in weights.items()}
+    of_speech = {"--recogniser": recogniser, "--transcripts": transcripts, "--dnsmos": dnsmos, "--split": split}
+    check_options(of_pictures | of_speech | shape_options(seed, resolution), medium)
+    if transcripts is not None and recogniser is None:
+        raise InvalidInput("--transcripts needs a --recogniser, whose transcripts are compared with them")
     other = Report.load(against) if against else None
-    name = model or (cli_audio.DEFAULT_MODEL if medium is AUDIO else cli_pictures.default_model(options))
+    name = choose_model(model, medium, options)
     files = collect_files(inputs, medium.suffixes, outcome)
     if split is not None:
         files = _of_split(files, split)
@@ -97,17 +93,17 @@ def evaluate(
         listener = load_generator(recogniser, device, dtype, "transcribe", packed=False) if recogniser else None
         with reasons_first(outcome, len(sources)), steps_bar(len(sources), "evaluate") as on_step:
             named = "+".join(given.resolve().name for given in inputs[:3]) + (f" {split}" if split else "")
-            shared = {
-                "set_name": set_name or named, "batch_size": batch_size,
-                "on_step": on_step, "on_error": outcome.fail,
-            }  # fmt: skip
-            if medium is AUDIO:
-                texts = transcripts or find_transcripts(inputs)
-                report = evaluate_speech(
-                    tokenizer, sources, recogniser=listener, transcripts=texts, with_dnsmos=dnsmos, **shared
-                )
-            else:
-                report = evaluate_pictures(tokenizer, sources, text=text, **weights, **options, **shared)
+            texts = (transcripts or find_transcripts(inputs)) if medium is AUDIO else None
+            measure = {
+                PICTURES: partial(evaluate_pictures, text=text, batch_size=batch_size, **weights, **options),
+                AUDIO: partial(
+                    evaluate_speech, recogniser=listener, transcripts=texts, with_dnsmos=dnsmos, batch_size=batch_size
+                ),
+                MESHES: partial(evaluate_shapes, seed=seed or 0, resolution=resolution or RESOLUTION),
+            }[medium]
+            report = measure(
+                tokenizer, sources, set_name=set_name or named, on_step=on_step, on_error=outcome.fail
+            )  # fmt: skip
         comparison = compare(report, other) if other else None
         if out is not None:
             make_folder(out)
@@ -143,6 +139,8 @@ def evaluate_generator(
     from ..evaluation.generation import evaluate_generator as run_evaluation
 
     generator = load_generator(model, device, dtype)
+    if generator.modality != PICTURES.modality:
+        raise InvalidInput(f"{model} makes {generator.modality}s; evaluate-generator measures pictures alone")
     options = {"steps": steps, "guidance": guidance}
     with steps_bar(num_images, "generate") as on_step:
         report = run_evaluation(

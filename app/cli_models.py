@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,16 +14,16 @@ from .cli_jobs import TOKEN_SUFFIXES, Outcome, collect_files
 
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
 DType = Annotated[str, typer.Option(help="float32, or bfloat16 (faster, tokens may differ slightly).")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Pictures, or windows of audio, computed together.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Pictures, meshes or windows of audio computed together.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout instead of text.")]
 
-EXAMPLES = {"image": "titok-tiny", "speech": "simcodec-tiny"}  # of tokenizers
-# Method that a generator has -> what the command of that name does.
+EXAMPLES = {"image": "titok-tiny", "speech": "simcodec-tiny", "shape": "vat-tiny"}  # of tokenizers
+# Method that a generator has -> what the command of that name does, by the generator's modality.
 ACTIONS = {
-    "generate": "makes pictures",
-    "enhance": "cleans speech",
-    "transcribe": "writes down speech",
-    "speak": "reads a text aloud",
+    "generate": {"image": "makes pictures", "shape": "makes shapes"},
+    "enhance": {"speech": "cleans speech"},
+    "transcribe": {"speech": "writes down speech"},
+    "speak": {"speech": "reads a text aloud"},
 }
 
 
@@ -33,13 +34,14 @@ def load_tokenizer(name: str, device: str = "cpu", dtype: str = "float32", modal
 
     known, model = find_class(name), None
     if known is None:
+        _check_is_here(name, "give its folder with --model FOLDER")
         model = registry.load(name, device=device, dtype=dtype)
         known = type(model)
     action = _action(known)
     if action is not None:
         raise InvalidInput(
             f"{name} is a generator, and this takes a tokenizer, such as {EXAMPLES[modality]}; `mediatok {action}` "
-            f"{ACTIONS[action]} with it"
+            f"{_does(action, known.modality)} with it"
         )
     if not hasattr(known, "encode") or known.modality != modality:
         raise InvalidInput(f"{name} is not {_kind(modality)}; `mediatok models` lists them")
@@ -58,17 +60,20 @@ def load_generator(
 
     known, model = find_class(name), None
     if known is None:
+        place = "in the place of its name" if action == "generate" else "with --model FOLDER"
+        _check_is_here(name, f"give its folder {place}")
         if "/" not in name and not Path(name).exists():
             hint = nearest_names(name, _names(action)) or " `mediatok models` lists the known ones."
             what = f"{name!r} is neither a known model nor a folder here"
-            raise ModelNotFound(f"{what}; --model names one that {ACTIONS[action]}.{hint}")
+            raise ModelNotFound(f"{what}; --model names one that {_does(action)}.{hint}")
         model = registry.load(name, device=device, dtype=dtype)
         known = type(model)
     if not hasattr(known, action):
-        other, names = _action(known), _names(action)
-        kind = f"{ACTIONS[other]} (`mediatok {other}`)" if other else "is a tokenizer"
-        hint = nearest_names(f"maskgit-{name}", names) or f" Those that do are {', '.join(names)}."
-        raise InvalidInput(f"{name} {kind}, and this takes a generator that {ACTIONS[action]}.{hint}")
+        other, names = _action(known), _names(action, known.modality)
+        kind = f"{_does(other, known.modality)} (`mediatok {other}`)" if other else "is a tokenizer"
+        others = f" Those that do are {', '.join(names)}." if names else " `mediatok models` lists the known ones."
+        hint = nearest_names(f"maskgit-{name}", names) or others
+        raise InvalidInput(f"{name} {kind}, and this takes a generator that {_does(action, known.modality)}.{hint}")
     model = model or registry.load(name, device=device, dtype=dtype)
     if packed and hasattr(model, "pack_network"):
         model.pack_network()
@@ -89,15 +94,33 @@ def find_class(name: str) -> type | None:
     return None
 
 
+def _check_is_here(name: str, way_out: str) -> None:
+    """Say of an unknown name that it can be trained, where a recipe of that name ships."""
+    from .cli_train import RECIPES
+
+    if not Path(name).exists() and name in {recipe.stem for recipe in RECIPES.glob("*.yaml")}:
+        raise ModelNotFound(
+            f"the weights of {name} do not come with this version; train it with `mediatok train {name}` and {way_out}"
+        )
+
+
 def _action(model_class: type) -> str | None:
     """The command that a generator is for; None for tokenizers."""
     return next((action for action in ACTIONS if hasattr(model_class, action)), None)
 
 
-def _names(action: str) -> list[str]:
+def _does(action: str, modality: str | None = None) -> str:
+    """What generators for a command do: those of one modality, or all."""
+    does = ACTIONS[action]
+    return does.get(modality) or " or ".join(does.values())
+
+
+def _names(action: str, modality: str | None = None) -> list[str]:
+    """Known generators for a command: those of one modality where it has such generators, or all."""
     from ..core import registry
 
-    return [entry.name for entry in registry.models() if hasattr(registry.model_class(entry.class_name), action)]
+    able = [entry for entry in registry.models() if hasattr(registry.model_class(entry.class_name), action)]
+    return [entry.name for entry in able if modality not in ACTIONS[action] or entry.modality == modality]
 
 
 def _kind(modality: str) -> str:
@@ -187,11 +210,29 @@ def describe_tokens(path: Path) -> dict[str, Any]:
         "bits_per_token": tokens.bits_per_token,
         "bytes": path.stat().st_size,
     }
-    if tokens.modality == "speech":
-        return record | _describe_sound(tokens)
+    describe = {"image": _describe_picture, "speech": _describe_sound, "shape": _describe_shapes}[tokens.modality]
+    return record | describe(tokens)
+
+
+def _describe_picture(tokens) -> dict[str, Any]:
     frame = tokens.frames[0]
     tiles = f" in {frame.rows}x{frame.cols} tiles" if frame.is_tiled else ""
-    return record | {"picture": f"{frame.width}x{frame.height}{tiles}"}
+    return {"picture": f"{frame.width}x{frame.height}{tiles}"}
+
+
+def _describe_shapes(tokens) -> dict[str, Any]:
+    """How the scales are filled, and where the shapes stand."""
+    from ..core.meshes import BOX_FILL
+
+    facts: dict[str, list] = {
+        "centre": [[frame.x, frame.y, frame.z] for frame in tokens.frames],
+        "longest_side": [float(f"{2 * BOX_FILL * frame.scale:.7g}") for frame in tokens.frames],
+    }
+    if tokens.scales:
+        ends = list(accumulate(tokens.scales))
+        facts["scales"] = [ends.index(length) + 1 for length in tokens.lengths.tolist()]
+    record = {name: values[0] if len(values) == 1 else values for name, values in facts.items()}
+    return record | {"tokens_of_scales": list(tokens.scales)}
 
 
 def _describe_sound(tokens) -> dict[str, Any]:
@@ -232,21 +273,24 @@ def describe_model(given: Path) -> dict[str, Any]:
     if _action(type(model)) is not None:
         return record | _describe_generator(model, config) | {"config": config}
     record |= {"fingerprint": model.fingerprint}
-    record |= _describe_speech_tokenizer(model) if model.modality == "speech" else _describe_image_tokenizer(model)
-    return record | {"config": config}
+    describe = {
+        "image": _describe_image_tokenizer, "speech": _describe_speech_tokenizer, "shape": _describe_shape_tokenizer,
+    }[model.modality]  # fmt: skip
+    return record | describe(model) | {"config": config}
 
 
 def _describe_generator(model, config: dict[str, Any]) -> dict[str, Any]:
     """What it makes, and the tokenizers that it names, which stand in its config with their fingerprints."""
     action = _action(type(model))
     if action == "generate":
-        return {"classes": config["num_classes"], "tokenizer": config["tokenizer"], "units": model.num_units}
+        units = {"scales": len(model.scales)} if model.modality == "shape" else {"units": model.num_units}
+        return {"classes": config["num_classes"], "tokenizer": config["tokenizer"]} | units
     companions = {
         key: config[key]
         for key in ("tokenizer", "semantic_tokenizer", "codec")
         if config.get(key) is not None
     }  # fmt: skip
-    return {"does": f"{ACTIONS[action]} (`mediatok {action}`)"} | companions
+    return {"does": f"{_does(action, model.modality)} (`mediatok {action}`)"} | companions
 
 
 def _describe_image_tokenizer(model) -> dict[str, Any]:
@@ -264,6 +308,10 @@ def _describe_speech_tokenizer(model) -> dict[str, Any]:
         "bits_per_second": model.bit_rate,
         "context": "the whole clip" if context is None else f"{context} tokens on either side",
     }
+
+
+def _describe_shape_tokenizer(model) -> dict[str, Any]:
+    return {"vocab_size": model.vocab_size, "max_tokens": model.max_tokens, "tokens_of_scales": list(model.scales)}
 
 
 def _cell(column: str, value: object) -> str:

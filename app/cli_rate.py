@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..core.errors import InvalidInput
-from . import cli_audio, cli_pictures
-from .cli_codec import Model, Tile
+from .cli_codec import Model, Tile, choose_model
 from .cli_jobs import RATE, Job, Outcome, collect_files, make_folder, reasons_first, run_batches, steps_bar
-from .cli_media import AUDIO, Files, find_medium, only, refuse_options
+from .cli_media import AUDIO, MESHES, PICTURES, Files, check_options, find_medium, only
 from .cli_models import AsJson, BatchSize, Device, DType, load_tokenizer
+from .cli_shapes import RESOLUTION, PointSeed, Resolution, shape_options
 
 
 def rate(
@@ -24,6 +26,8 @@ def rate(
     ] = None,
     lengths: Annotated[str | None, typer.Option(help="Token counts, as 1,2,4,8; default powers of two.")] = None,
     tile: Tile = False,
+    seed: PointSeed = None,
+    resolution: Resolution = None,
     batch_size: BatchSize = 8,
     device: Device = "cpu",
     dtype: DType = "float32",
@@ -32,8 +36,8 @@ def rate(
     """Table and plot of quality over bytes.
 
     Pictures: PSNR at several token counts beside JPEG and WebP at equal bytes, on the square that the tokenizer reads;
-    the default model is one-d-piece-tiny. Speech: the codec beside Opus and Vorbis at their lowest rates. Several
-    inputs give the mean.
+    the default model is one-d-piece-tiny. Speech: the codec beside Opus and Vorbis at their lowest rates. Meshes: the
+    tokenizer after each of its scales beside decimated meshes of as many bytes. Several inputs give the mean.
     """
     counts, outcome, medium = _parse_lengths(lengths), Outcome(), find_medium(inputs, model)
     files = collect_files(inputs, medium.suffixes, outcome)
@@ -42,41 +46,63 @@ def rate(
         raise InvalidInput(f"--out {plot} must end in .png")
     if plot.resolve() in {path.resolve() for path, _ in files}:
         raise InvalidInput(f"{plot} is an input and is not overwritten; choose another --out")
-    if medium is AUDIO:
-        refuse_options({"--lengths": lengths, "--tile": tile}, AUDIO)
-    name = model or (cli_audio.DEFAULT_MODEL if medium is AUDIO else cli_pictures.VARIABLE_MODEL)
+    check_options({"--lengths": lengths, "--tile": tile} | shape_options(seed, resolution), medium)
+    name = choose_model(model, medium, {"num_tokens": counts})  # of pictures, one whose length can vary
     paths = only(medium, name, ((path, path) for path, _ in files), outcome)
     if paths:
         tokenizer = load_tokenizer(name, device, dtype, medium.modality)
-        if medium is AUDIO:
-            _rate_audio(paths, tokenizer, outcome, plot, batch_size, as_json)
-        else:
-            _rate_pictures(paths, tokenizer, outcome, plot, counts, tile, batch_size, as_json)
+        rate_files = {
+            PICTURES: partial(_rate_pictures, counts=counts, tile=tile, batch_size=batch_size),
+            AUDIO: partial(_rate_audio, batch_size=batch_size),
+            MESHES: partial(_rate_shapes, seed=seed or 0, resolution=resolution or RESOLUTION),
+        }[medium]
+        rate_files(paths, tokenizer, outcome, plot, as_json)
     outcome.finish_failures()
 
 
-def _rate_audio(paths: list[Path], tokenizer, outcome: Outcome, plot: Path, batch_size: int, as_json: bool) -> None:
+def _rate_audio(paths: list[Path], tokenizer, outcome: Outcome, plot: Path, as_json: bool, *, batch_size: int) -> None:
     from ..evaluation.speech_rate import format_points, plot_speech_rate, rate_speech
 
-    with reasons_first(outcome, len(paths)), steps_bar(len(paths), "rate") as on_step:
-        points = rate_speech(tokenizer, paths, batch_size=batch_size, on_step=on_step, on_error=outcome.fail)
-    count = len(paths) - sum(source in set(map(str, paths)) for source, _ in outcome.failures)
+    points, count = _measure(partial(rate_speech, batch_size=batch_size), paths, tokenizer, outcome)
     title = paths[0].name if len(paths) == 1 else f"{count} clips"
     make_folder(plot)
     plot_speech_rate(points, plot, title)
+    about = "bytes are whole files, of a clip on average; Opus and Vorbis are libsndfile's, from their smallest on"
+    _show(points, {"model": tokenizer.name, "clips": count}, [title, about, format_points(points)], plot, as_json)
+
+
+def _rate_shapes(
+    paths: list[Path], tokenizer, outcome: Outcome, plot: Path, as_json: bool, *, seed: int, resolution: int
+) -> None:
+    from ..evaluation.shape_rate import format_points, plot_shape_rate, rate_shapes
+
+    points, count = _measure(partial(rate_shapes, seed=seed, resolution=resolution), paths, tokenizer, outcome)
+    title = paths[0].name if len(paths) == 1 else f"{count} meshes"
+    make_folder(plot)
+    plot_shape_rate(points, plot, title)
+    about = "bytes are whole files, of a mesh on average; decimated meshes: the nearest of those that fit"
+    _show(points, {"model": tokenizer.name, "meshes": count}, [title, about, format_points(points)], plot, as_json)
+
+
+def _measure(rate_files: Callable[..., list], paths: list[Path], tokenizer, outcome: Outcome) -> tuple[list, int]:
+    """The points of the files that could be read, and how many those are; the others fail in `outcome`."""
+    with reasons_first(outcome, len(paths)), steps_bar(len(paths), "rate") as on_step:
+        points = rate_files(tokenizer, paths, on_step=on_step, on_error=outcome.fail)
+    return points, len(paths) - sum(source in set(map(str, paths)) for source, _ in outcome.failures)
+
+
+def _show(points: list, facts: dict, lines: list[str], plot: Path, as_json: bool) -> None:
+    """Print points as JSON with `facts`, or as the title, the note and the table in `lines`."""
     if as_json:
-        rows = [point.as_dict() for point in points]
-        print(json.dumps({"model": tokenizer.name, "clips": count, "points": rows}, indent=2))
+        print(json.dumps(facts | {"points": [point.as_dict() for point in points]}, indent=2))
         return
-    print(f"{tokenizer.name}: {title}")
-    print("bytes are whole files, of a clip on average; Opus and Vorbis are libsndfile's, from their smallest on")
-    print(format_points(points))
-    print(f"plot: {plot}")
+    title, *others = lines
+    print(f"{facts['model']}: {title}", *others, f"plot: {plot}", sep="\n")
 
 
 def _rate_pictures(
-    paths: list[Path], tokenizer, outcome: Outcome, plot: Path, counts: list[int] | None, tile: bool, batch_size: int,
-    as_json: bool,
+    paths: list[Path], tokenizer, outcome: Outcome, plot: Path, as_json: bool,
+    *, counts: list[int] | None, tile: bool, batch_size: int,
 ) -> None:  # fmt: skip
     from ..core.images import read_image
     from ..evaluation import rate as rates

@@ -45,6 +45,7 @@ def extract_surface(
     Args:
         values_of: fp32 values [N], on the CPU, of fp32 points [N, 3]; larger than `level` inside. NaN is outside.
         resolution: cells a side, 2 to 512; samples lie at -1 + 2 i / resolution, the box's faces included.
+            An odd number cannot be halved: then every sample is evaluated.
         on_step: called as the levels, and at last the mesh, are finished; at every few points so that it can cancel.
 
     Vertices are in the box's coordinates, exact in scale; faces look outward. Where the inside reaches a face of the
@@ -93,7 +94,9 @@ class _Grid:
         self.states = torch.full((cells + 1,) * 3, UNKNOWN, dtype=torch.uint8)
 
     def evaluate_all(self) -> None:
-        self._evaluate(torch.arange(self.values.numel()))
+        total = self.values.numel()
+        for start in range(0, total, CHUNK):
+            self._evaluate(torch.arange(start, min(start + CHUNK, total)))
 
     def take(self, coarser: _Grid, is_last: bool) -> None:
         """Take over the samples of a grid of half as many cells, divide its cells near the surface, and follow it."""

@@ -113,6 +113,14 @@ ENTRIES = {
             "paraformer-tiny", "Paraformer", "Apache-2.0", 3_238_865, "Russian characters; one voice",
             kind="generator", modality="speech",
         ),
+        ModelEntry(
+            "gense-tiny", "GenSE", "Apache-2.0", 3_437_280, "takes noise off speech; one Russian voice",
+            kind="generator", modality="speech",
+        ),
+        ModelEntry(
+            "speak-tiny", "Speak", "Apache-2.0", 3_643_297, "reads Russian texts aloud; one voice",
+            kind="generator", modality="speech",
+        ),
         _titok("titok-l32", 641_054_735, "2.21"),
         _titok("titok-b64", 204_814_095, "1.70"),
         _titok("titok-s128", 83_674_639, "1.71"),
@@ -145,6 +153,17 @@ ENTRIES = {
         ModelEntry(
             "kl16", "KLAutoencoder", "unspecified", 66_456_019, "256 px, continuous 16x16x16 latents (xAR's, of MAR)",
             elsewhere="kl16.ckpt is behind the link in the download script of github.com/LTH14/mar",
+        ),
+        *(
+            ModelEntry(
+                f"vat-{tokens}", "VAT", "unspecified", parameters,
+                f"3D shapes, {tokens} tokens of 14 bits over {scales} scales, as far as the paper tells",
+                elsewhere="its authors have published neither code nor weights (recipes/vat-680.yaml trains it)",
+                modality="shape",
+            )
+            for tokens, scales, parameters in (
+                (680, 10, 184_380_737), (1256, 11, 184_875_361), (2280, 12, 185_566_593)
+            )
         ),
         *(
             ModelEntry(

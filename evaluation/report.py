@@ -19,7 +19,7 @@ from ..core.errors import InvalidInput
 from ..core.files import atomic_write, read_limited
 
 MAX_REPORT_BYTES = 2**20
-UNITS = {"image": "pictures", "speech": "clips"}  # of a set
+UNITS = {"image": "pictures", "speech": "clips", "shape": "shapes"}  # of a set
 
 
 @dataclass(frozen=True)

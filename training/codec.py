@@ -48,8 +48,6 @@ class CodecTrainer(Trainer):
         config = None if state is None else state["model_config"]
         self.raw_model = build_codec(recipe.model, self.source, config).to(self.device).train()
         self.raw_model.set_weight_norm(recipe.model.weight_norm)
-        if recipe.model.trains == "decoder":
-            self.raw_model.requires_grad_(False).decoder.requires_grad_(True)
         self.codec_loss = CodecLoss(recipe.loss, self.raw_model.sample_rate).to(self.device)
         self.mel = LogMel(self.raw_model.sample_rate).to(self.device)
         self.revival = CodeRevival(self.raw_model.quantize) if recipe.model.revive_codes else None

@@ -25,7 +25,6 @@ class CodecModelRecipe(Section):
     continuous_steps: first steps without quantization; then k-means over the latents places the codes.
     weight_norm: train with weight norm, as the authors; it is folded into the weights at the end.
     revive_codes: give codes that no frame chose for a while the place of a frame; without it small runs collapse.
-    trains: "decoder" leaves encoder and codebooks as `init_from` has them, so that the tokens keep their meaning.
     """
 
     class_name: Literal["SimCodec"] = "SimCodec"
@@ -36,7 +35,6 @@ class CodecModelRecipe(Section):
     continuous_steps: Count = 0
     weight_norm: bool = False
     revive_codes: bool = False
-    trains: Literal["all", "decoder"] = "all"
 
     @model_validator(mode="after")
     def _needs(self):
@@ -44,10 +42,6 @@ class CodecModelRecipe(Section):
             raise ValueError("merge needs init_from= (the folder of a codec with a group quantizer)")
         if self.init_from is not None and (self.like or self.config):
             raise ValueError("init_from brings its own sizes; leave out like and config")
-        if self.trains == "decoder" and (self.init_from is None or self.merge or self.revive_codes):
-            raise ValueError("trains: decoder needs init_from, and neither merge nor revive_codes")
-        if self.trains == "decoder" and self.continuous_steps:
-            raise ValueError("trains: decoder has no continuous steps: the codes are in use from the start")
         return self
 
 

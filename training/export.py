@@ -16,13 +16,14 @@ from ..core.files import atomic_write
 from .checkpoint import load_checkpoint, whole_checkpoints
 from .recipe import check_recipe
 
-DTYPES = ("float32", "float16", "int8")
+DTYPES = ("float32", "float16", "int8", "int6")
 
 
 def export_model(model: torch.nn.Module, out: str | Path, dtype: str = "float32") -> Path:
     """Save `model` to `out` in the library's layout, its weights stored as `dtype` (computing is in fp32 again).
 
-    "int8" makes a folder of half the size of "float16" (see core/compact.py), which `mediatok.load` reads.
+    "int8" makes a folder of half the size of "float16", "int6" of three eighths (see core/compact.py), which
+    `mediatok.load` reads.
     """
     if dtype not in DTYPES:
         raise InvalidInput(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
@@ -34,12 +35,12 @@ def export_model(model: torch.nn.Module, out: str | Path, dtype: str = "float32"
         del model.quantize.embed_prob
         model.quantize.clustering = False
         model.register_to_config(clustering=False)
-    if dtype == "int8":
+    if dtype in ("int8", "int6"):
         Path(out).mkdir(parents=True, exist_ok=True)
         model.save_config(out)
         exact = ("quantize.", *getattr(model, "fingerprint_weights", ()))
         with atomic_write(Path(out) / COMPACT_WEIGHTS) as temporary:
-            save_file(compact(model.state_dict(), exact), temporary)
+            save_file(compact(model.state_dict(), exact, bits=int(dtype[3:])), temporary)
         return Path(out)
     for name, parameter in model.named_parameters():
         if not name.startswith("quantize."):  # codes are searched in fp32, and are few
@@ -58,6 +59,7 @@ def export_run(run: str | Path, out: str | Path, dtype: str | None = None) -> Pa
     from .codec_recipe import CODECS, CodecRecipe
     from .generator import build_generator
     from .generator_recipe import GENERATORS, GeneratorRecipe
+    from .shape_recipe import SHAPE_TOKENIZERS, ShapeRecipe
     from .speech import trainer_class
     from .speech_recipe import SCHEMAS
 
@@ -73,6 +75,9 @@ def export_run(run: str | Path, out: str | Path, dtype: str | None = None) -> Pa
         recipe = check_recipe(state["recipe"], CodecRecipe)
         model = construct(class_name, state["model_config"])
         model.set_weight_norm(recipe.model.weight_norm)
+    elif class_name in SHAPE_TOKENIZERS:
+        recipe = check_recipe(state["recipe"], ShapeRecipe)
+        model = construct(class_name, state["model_config"])
     elif class_name in SCHEMAS:
         recipe, part = check_recipe(state["recipe"], SCHEMAS[class_name]), trainer_class(class_name).exported_part
         model = construct(class_name, state["model_config"])

@@ -129,7 +129,7 @@ class RunRecipe(Section):
     checkpoint_every: Count = 1000
     keep_checkpoints: Positive = 2
     num_samples: Positive = 8
-    export_dtype: Literal["float32", "float16", "int8"] = "float32"
+    export_dtype: Literal["float32", "float16", "int8", "int6"] = "float32"
 
 
 class Recipe(Section):

@@ -31,8 +31,17 @@ def test_recorded_case(case):
     assert parity.run([case], lines.append), "\n".join(lines)
 
 
+# Their recordings are left out, to keep the repository small; cases of these kinds are made below and in
+# test_new_generator_cases.py, and share most of their code with the kinds that are here.
+LEFT_OUT = {
+    ("titok", "losses_single_stage_vae"), ("one_d_piece", "stage1_train"),
+    ("maskgit", "uvit_train"), ("gense", "wavlm"),
+}  # fmt: skip
+
+
 def test_there_are_cases_of_every_kind():
-    assert {(c.parent.name, json.loads((c / "config.json").read_text())["kind"]) for c in RECORDED} == set(parity.KINDS)
+    kinds = {(case.parent.name, json.loads((case / "config.json").read_text())["kind"]) for case in RECORDED}
+    assert kinds == set(parity.KINDS) - LEFT_OUT
 
 
 # The tool can fail.
@@ -61,7 +70,6 @@ MUTATED = {
     "titok/quantizer_l2": ["soft_lookup.out", "step0.grad_codebook"],
     "titok/maskgit_vqgan": ["grid_codes.image", "soft_code", "indices"],
     "one_d_piece/lengths": ["len5.recon", "len2.dec.ln_post", "len8.decode_tokens"],
-    "one_d_piece/stage1_train": ["draws.first20", "eval.len6.argmax", "drop1.loss.total", "drop2.grad.latent_tokens"],
 }  # fmt: skip
 
 

@@ -9,15 +9,19 @@ import mediatok as mt
 import numpy as np
 import pytest
 import torch
+import trimesh
 from diffusers.utils import logging
 from mediatok.app import cli
 from mediatok.core import registry
 from mediatok.generators.gense import GenSE
+from mediatok.generators.next_scale import NextScale
 from mediatok.generators.paraformer import Paraformer
 from mediatok.generators.speak import Speak
 from mediatok.tokenizers.image.kl_vae import KLAutoencoder
 from mediatok.tokenizers.image.one_d_piece import OneDPiece
 from mediatok.tokenizers.image.titok import TiTok
+from mediatok.tokenizers.shape.triplane import TriplaneField
+from mediatok.tokenizers.shape.vat import VAT
 from mediatok.tokenizers.speech.semantic import SemanticTokenizer
 from mediatok.tokenizers.speech.simcodec import SimCodec
 from PIL import Image
@@ -49,11 +53,18 @@ SPEAK = {
     "vocab_size": 64, "width": 16, "encoder_depth": 1, "encoder_heads": 2, "encoder_mlp_width": 32, "decoder_depth": 1,
     "decoder_heads": 2, "decoder_mlp_width": 32,
 }  # fmt: skip
-SPEECH_MODELS = {
-    "simcodec-tiny": ("SimCodec", "tokenizer"),
-    "gense-tiny": ("GenSE", "generator"),
-    "paraformer-tiny": ("Paraformer", "generator"),
-    "speak-tiny": ("Speak", "generator"),
+SHAPES = {
+    "num_points": 256, "num_features": 32, "width": 32, "num_heads": 2, "encoder_depth": 1, "decoder_depth": 1,
+    "scales": (1, 4, 9), "codebook_size": 64, "code_width": 6, "plane_size": 4, "plane_channels": (16, 8),
+    "head_width": 16,
+}  # fmt: skip
+OTHER_MODELS = {  # than those of pictures
+    "simcodec-tiny": ("SimCodec", "tokenizer", "speech"),
+    "gense-tiny": ("GenSE", "generator", "speech"),
+    "paraformer-tiny": ("Paraformer", "generator", "speech"),
+    "speak-tiny": ("Speak", "generator", "speech"),
+    "vat-tiny": ("VAT", "tokenizer", "shape"),
+    "vat-gen-tiny": ("NextScale", "generator", "shape"),
 }
 
 
@@ -72,7 +83,7 @@ class Result:
 
 @pytest.fixture(scope="session")
 def shipped(tmp_path_factory) -> Path:
-    """A folder of models: titok-tiny, one-d-piece-tiny, another titok, and a continuous and a text-aware one."""
+    """A folder of models: the shipped names of every kind, another titok, and a continuous one."""
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     for name, model in {
@@ -88,15 +99,36 @@ def shipped(tmp_path_factory) -> Path:
         "gense-tiny": GenSE(**GENSE, codec="simcodec-tiny", semantic_tokenizer=str(folder / "semantic")),
     }.items():
         model.save_pretrained(folder / name)
+    vat = make_vat()
+    vat.save_pretrained(folder / "vat-tiny")
+    make_shape_generator(vat).save_pretrained(folder / "vat-gen-tiny")
     return folder
+
+
+def make_vat(**changes) -> VAT:
+    """Random weights whose tokens matter to their shapes, and whose surfaces cross the box."""
+    model = VAT(**SHAPES | changes).eval().requires_grad_(False)
+    model.head.last.weight.mul_(8)
+    planes = model.decoder(torch.randn(2, SHAPES["scales"][-1], SHAPES["code_width"]))
+    model.head.last.bias -= TriplaneField(planes, model.head).occupancy(torch.rand(2, 500, 3) * 2 - 1).mean()
+    return model
+
+
+def make_shape_generator(vat: VAT, **changes) -> NextScale:
+    sizes = {
+        "scales": SHAPES["scales"], "codebook_size": SHAPES["codebook_size"], "code_width": SHAPES["code_width"],
+        "width": 32, "depth": 1, "num_heads": 2, "num_classes": 3, "label_names": ("armchair", "table", "lamp"),
+        "tokenizer": "vat-tiny", "tokenizer_fingerprint": vat.fingerprint,
+    }  # fmt: skip
+    return NextScale(**sizes | changes)
 
 
 @pytest.fixture
 def run(shipped, monkeypatch, capsys, tmp_path):
     """Call `mediatok` with arguments, inside `tmp_path`; returns its exit code, stdout and stderr."""
     monkeypatch.setattr(registry, "PRETRAINED", shipped)
-    for name, (class_name, kind) in SPEECH_MODELS.items():
-        entry = registry.ModelEntry(name, class_name, "Apache-2.0", 1, "small", kind=kind, modality="speech")
+    for name, (class_name, kind, modality) in OTHER_MODELS.items():
+        entry = registry.ModelEntry(name, class_name, "Apache-2.0", 1, "small", kind=kind, modality=modality)
         monkeypatch.setitem(registry.ENTRIES, name, entry)
     monkeypatch.delenv(cli.DEBUG_VARIABLE, raising=False)
     monkeypatch.chdir(tmp_path)
@@ -151,4 +183,17 @@ def sounds(tmp_path, voice) -> Path:
     voice(1.3).save(folder / "a.wav")
     voice(0.8, rate=44100, channels=2, seed=1).save(folder / "b.flac")
     voice(1.0, rate=24000, seed=2).save(folder / "more/c.ogg")
+    return folder
+
+
+@pytest.fixture
+def solids(tmp_path) -> Path:
+    """A folder with three meshes of different sizes, places and formats, one of them in a subfolder."""
+    folder = tmp_path / "solids"
+    (folder / "more").mkdir(parents=True)
+    box = trimesh.creation.box((4.0, 2.0, 1.0))
+    box.apply_translation((10.0, -3.0, 7.0))
+    ball = trimesh.creation.icosphere(subdivisions=2, radius=0.05)
+    for name, mesh in {"a.obj": box, "b.stl": ball, "more/c.ply": trimesh.creation.cylinder(1.0, 3.0)}.items():
+        mesh.export(folder / name)
     return folder
