@@ -23,7 +23,7 @@ DEBUG_VARIABLE = "MEDIATOK_DEBUG"  # set it to see the traceback behind an error
 
 app = typer.Typer(
     name="mediatok",
-    help="Images and speech as short token sequences, and back.",
+    help="Images, speech and 3D shapes as short token sequences, and back.",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -59,7 +59,7 @@ def train(
     """Train a model from a recipe.
 
     The recipe is checked, then `accelerate launch -m mediatok.training.KIND RECIPE section.key=value ...` runs, with
-    the kind of its model: tokenizer, generator, codec or speech.
+    the kind of its model: tokenizer, generator, codec, speech, kmeans or shape.
     """
     from .cli_train import run_training
 

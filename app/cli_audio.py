@@ -130,18 +130,6 @@ def seconds_of(path: Path) -> float:
     return open_audio(path).seconds or 0.0
 
 
-def holds_speech(path: Path) -> bool:
-    """Whether a .mtok file says that it holds speech; no more of it is read here."""
-    from ..core.mtok import MAGIC, MODALITIES
-
-    try:
-        with path.open("rb") as file:
-            head = file.read(6)
-    except OSError:
-        return False
-    return len(head) == 6 and head[:4] == MAGIC and head[5] == MODALITIES[AUDIO.modality]
-
-
 def line(record: dict) -> str:
     """One clip in words."""
     parts = [f"{record['input']} -> {record['output']}", f"{record['seconds']:.2f} s", f"{record['tokens']} tokens"]

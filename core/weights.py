@@ -28,7 +28,8 @@ MAX_CONFIG_BYTES = 256 * 1024
 MAX_INDEX_BYTES = 16 * 1024 * 1024
 MAX_HEADER_BYTES = 16 * 1024 * 1024  # the largest released checkpoint needs about 0.1 MB
 MAX_CONFIG_DEPTH = 32
-NESTED = ("model_ema", "model", "state_dict", "model_state_dict", "model_state")  # where training scripts put the weights, best first
+# Where training scripts put the weights, best first.
+NESTED = ("model_ema", "model", "state_dict", "model_state_dict", "model_state")
 NUMBER_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32)
 
 # Keys by which loaders of other libraries build what a file names (hydra, jsonargparse, transformers, diffusers,
