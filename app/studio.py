@@ -1,8 +1,8 @@
 """The studio: one local page that makes tokens visible. `launch` serves it; `mediatok studio` calls that.
 
-Each tab is a file of its own (tab_image.py, tab_compare.py, tab_generate.py, tab_speech.py, tab_models.py); what they
-share is in studio_context.py, the handlers of the larger tabs in studio_image.py, studio_generate.py and
-studio_speech.py, the device and its queue in studio_worker.py.
+Each tab is a file of its own (tab_image.py, tab_compare.py, tab_generate.py, tab_shapes.py, tab_speech.py,
+tab_models.py); what they share is in studio_context.py, the handlers of the larger tabs in studio_image.py,
+studio_generate.py, studio_shapes.py and studio_speech.py, the device and its queue in studio_worker.py.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 from ..core.errors import InvalidInput, MediatokError
-from . import studio_api, tab_compare, tab_generate, tab_image, tab_models, tab_speech
+from . import studio_api, studio_shapes_api, tab_compare, tab_generate, tab_image, tab_models, tab_shapes, tab_speech
 from .studio_context import Studio, html
 from .studio_guard import Guard
 from .studio_image import first_session
 from .studio_models import CODEC, GENERATOR, TOKENIZER, Catalogue
+from .studio_shapes import ShapeSession
 from .studio_speech import SpeechSession
 from .studio_style import page_style
 
@@ -100,8 +101,9 @@ def build(studio: Studio) -> gr.Blocks:
         title="mediatok studio", analytics_enabled=False, delete_cache=(600, CACHE_SECONDS), fill_width=True
     ) as page:
         session = gr.State(prototype, time_to_live=SESSION_SECONDS, delete_callback=lambda value: value.close())
-        speech_session = gr.State(
-            SpeechSession(studio.folder), time_to_live=SESSION_SECONDS, delete_callback=lambda value: value.close()
+        shape_session, speech_session = (
+            gr.State(kind(studio.folder), time_to_live=SESSION_SECONDS, delete_callback=lambda value: value.close())
+            for kind in (ShapeSession, SpeechSession)
         )
         title = html(studio.title(), elem_id="title")
         with gr.Tabs(elem_id="tabs") as tabs:
@@ -115,12 +117,15 @@ def build(studio: Studio) -> gr.Blocks:
                 with gr.Tab("Generate", id="generate"):
                     generate = tab_generate.build(studio, session, prototype, title)
                 pickers[generate.model] = GENERATOR
+            with gr.Tab("3D", id="shapes") as shapes_tab:
+                shapes = tab_shapes.build(studio, shape_session, title)
+            shapes.open_with(shapes_tab.select)
             with gr.Tab("Speech", id="speech", visible=has_codec(studio)) as speech_tab:
                 speech = tab_speech.build(studio, speech_session, title)
             speech.open_with(speech_tab.select)
             if not studio.public:
                 with gr.Tab("Models", id="models") as models_tab:
-                    models = tab_models.build(studio, pickers | speech.models, title)
+                    models = tab_models.build(studio, pickers | shapes.models | speech.models, title)
                 models.refresh(models_tab.select)
             with gr.Tab("Help", id="help"), gr.Column(elem_classes="mt-help"):
                 gr.Markdown(help_text(), elem_id="help")
@@ -131,12 +136,13 @@ def build(studio: Studio) -> gr.Blocks:
         if not studio.public:  # a codec may be loaded by name
             models.table.change(lambda: gr.Tab(visible=has_codec(studio)), None, speech_tab, **hidden)
         # Setting the states once is what makes Gradio count their time.
-        states = [session, speech_session]
+        states = [session, shape_session, speech_session]
         page.load(
             lambda *values: (*values, studio.title(), gr.Tab(visible=has_codec(studio))), states,
             [*states, title, speech_tab], **hidden,
         )  # fmt: skip
         studio_api.build(studio)
+        studio_shapes_api.build(studio, studio_api.raises, studio_api.Endpoints(studio).new_folder)
     return page
 
 

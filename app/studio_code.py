@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -103,7 +104,8 @@ def _earlier(recipe: Recipe) -> list[Recipe]:
 def _arguments(gallery: Gallery, recipes: list[Recipe]) -> str:
     """Arguments of `sample` for recipes that differ in label and seed only."""
     first = recipes[0]
-    runs = [(word, len(list(run))) for word, run in groupby(_word(gallery, recipe.label) for recipe in recipes)]
+    words = (label_word(gallery.label_names, recipe.label) for recipe in recipes)
+    runs = [(word, len(list(run))) for word, run in groupby(words)]
     if all(count == 1 for _, count in runs):
         text = repr([word for word, _ in runs])
     else:
@@ -119,7 +121,7 @@ def _generate(gallery: Gallery, recipes: list[Recipe], has_ids: bool, number: in
     """One `mediatok generate`, going on from start file `number` where the recipes say so."""
     first, labels = recipes[0], list(dict.fromkeys(recipe.label for recipe in recipes))
     parts = ["mediatok generate", shlex.quote(gallery.source)]
-    words = [_word(gallery, label) for label in labels]
+    words = [label_word(gallery.label_names, label) for label in labels]
     parts += ["none" if word is None else shlex.quote(str(word)) for word in words]
     parts += [f"--count {len(recipes) // len(labels)}"] * (len(recipes) > len(labels)) + [f"--seed {first.seed}"]
     for name in ("steps", "guidance"):
@@ -130,13 +132,13 @@ def _generate(gallery: Gallery, recipes: list[Recipe], has_ids: bool, number: in
     return " ".join(parts)
 
 
-def _word(gallery: Gallery, number: int | None) -> str | int | None:
+def label_word(names: Sequence[str], number: int | None) -> str | int | None:
     """A class as people write it: by its name, or by its number where the name could be taken for something else."""
-    if number is None or not gallery.label_names:
+    if number is None or not names:
         return number
-    name = gallery.label_names[number]
+    name = names[number]
     is_word = name == name.strip() != "" and name[0] not in "+-" and not name.isdecimal() and name.lower() != "none"
-    is_only_one = sum(other.lower() == name.lower() for other in gallery.label_names) == 1
+    is_only_one = sum(other.lower() == name.lower() for other in names) == 1
     return name if is_word and is_only_one else number
 
 

@@ -28,7 +28,7 @@ from .studio_worker import Device, device_name, resident_bytes
 
 log = logging.getLogger("mediatok.studio")
 SAMPLES = Path(__file__).parent.parent / "docs" / "samples"
-CLIPS = SAMPLES.with_name("clips")
+CLIPS, SHAPES = SAMPLES.with_name("clips"), SAMPLES.with_name("shapes")
 NUM_SAMPLES = 6
 THUMBNAIL = 48  # px
 
@@ -49,6 +49,7 @@ class Studio:
         shown.mkdir()
         self.samples = [Path(shutil.copy(path, shown)) for path in list_images(SAMPLES)[:NUM_SAMPLES]]
         self.clips = [Path(shutil.copy(path, shown)) for path in sorted(CLIPS.glob("*.flac"))[:NUM_SAMPLES]]
+        self.shapes = [Path(shutil.copy(path, shown)) for path in sorted(SHAPES.glob("*.glb"))[:NUM_SAMPLES]]
 
     def title(self) -> str:
         """The title bar with the memory in use now."""
@@ -73,6 +74,13 @@ def clip_input(**options) -> gr.Audio:
     audio.preprocess = lambda payload: None if payload is None else payload.path
     audio.postprocess = lambda path: None if path is None else FileData(path=str(path), orig_name=Path(path).name)
     return audio
+
+
+def mesh_input(**options) -> gr.File:
+    """A file input that hands over the file as it came, whatever it is called: our own reader says what is wrong."""
+    mesh = gr.File(None, type="filepath", **options)
+    mesh.preprocess = lambda payload: None if payload is None else payload.path
+    return mesh
 
 
 def speaks(num_outputs: int) -> Callable:

@@ -14,11 +14,13 @@ from .studio_worker import ModelShelf
 TOKENIZER, GENERATOR = "tokenizer", "generator"  # of pictures
 CODEC, ENHANCER = "speech codec", "speech enhancer"
 RECOGNISER, SPEAKER = "speech recogniser", "speech synthesiser"
-SPEECH_KINDS = {
+SHAPE_TOKENIZER, SHAPE_GENERATOR = "shape tokenizer", "shape generator"
+KINDS = {  # of the classes that are for other media than pictures
     "SimCodec": CODEC, "GenSE": ENHANCER, "Paraformer": RECOGNISER, "Speak": SPEAKER,
     "SemanticTokenizer": "semantic tokenizer",  # a part of enhancers
+    "VAT": SHAPE_TOKENIZER, "NextScale": SHAPE_GENERATOR,
 }  # fmt: skip
-MODALITIES = ("image", "speech")
+MODALITIES = ("image", "speech", "shape")
 PREFERRED = {  # what the page shows first, if it is here
     TOKENIZER: ("one-d-piece-tiny", "titok-tiny"),  # the token slider of the first does something
     GENERATOR: ("xar-tiny", "maskgit-tiny"),
@@ -26,6 +28,8 @@ PREFERRED = {  # what the page shows first, if it is here
     ENHANCER: ("gense-tiny",),
     RECOGNISER: ("paraformer-tiny",),
     SPEAKER: ("speak-tiny",),
+    SHAPE_TOKENIZER: ("vat-tiny",),
+    SHAPE_GENERATOR: ("vat-gen-tiny",),
 }
 
 
@@ -64,7 +68,7 @@ class Catalogue:
         known = [
             ModelRow(
                 entry.name, entry.name, entry.status, entry.licence, entry.parameters, entry.description,
-                SPEECH_KINDS.get(entry.class_name, entry.kind),
+                KINDS.get(entry.class_name, entry.kind),
             )
             for entry in models()
             if entry.modality in MODALITIES and (not entry.is_shipped or (entry.folder / "config.json").is_file())
@@ -125,7 +129,7 @@ class Catalogue:
         model = self.shelf.get(next((row.source for row in self.rows() if row.label == name), name))
         if getattr(model, "modality", None) not in MODALITIES:
             self.shelf.unload(name)
-            raise InvalidInput(f"{name} is not a model of pictures or speech.")
+            raise InvalidInput(f"{name} is not a model of pictures, speech or shapes.")
         class_name = type(model).__name__
         row = ModelRow(model.name, name, "loaded by name", "", None, class_name, _kind(class_name))
         self._by_name.setdefault(name, row)
@@ -157,8 +161,8 @@ def _load(source: str, device: str | None):
 
 
 def _kind(class_name: str) -> str:
-    if class_name in SPEECH_KINDS:
-        return SPEECH_KINDS[class_name]
+    if class_name in KINDS:
+        return KINDS[class_name]
     return GENERATOR if CLASSES.get(class_name, "").startswith("generators.") else TOKENIZER
 
 

@@ -50,6 +50,6 @@ def page_style() -> dict:
     script = (FOLDER / "studio.js").read_text()
     return {
         "theme": theme(),
-        "css_paths": FOLDER / "studio.css",
+        "css_paths": [FOLDER / "studio.css", FOLDER / "studio_shapes.css"],
         "head": f"<script>\n{script}</script>",
     }

@@ -8,7 +8,6 @@ Shape suffixes: B rows, L tokens of a call, N new tokens, W width, H heads, D he
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -93,8 +92,6 @@ class GPT2(nn.Module):
                 nn.init.normal_(parameter, std=std)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
-        with torch.no_grad():
-            self.wpe.weight.copy_(sinusoids(num_positions, width) * (0.02 * 2**0.5))  # of the same size as random ones
 
     @property
     def num_positions(self) -> int:
@@ -181,14 +178,3 @@ class GPT2(nn.Module):
             if on_token is not None:
                 on_token(step + 1)
         return written_BN
-
-
-def sinusoids(num_positions: int, width: int) -> Tensor:
-    """Waves of wavelengths from 2 pi to 20,000 pi, fp32 [P, W] (Vaswani et al. 2017, section 3.5).
-
-    Positions that are learned from these are as far apart as they look: the tokens that belong to each other in two
-    parts of a sequence are found with little data, where random vectors would have to be learned pair by pair.
-    """
-    rates = torch.exp(torch.arange(0, width, 2) * (-math.log(10_000.0) / width))
-    angles_PF = torch.arange(num_positions)[:, None] * rates
-    return torch.cat([angles_PF.sin(), angles_PF.cos()], dim=1)[:, :width]
