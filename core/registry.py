@@ -114,7 +114,7 @@ ENTRIES = {
             kind="generator", modality="speech",
         ),
         ModelEntry(
-            "gense-tiny", "GenSE", "Apache-2.0", 3_437_280, "takes noise off speech, and still loses the words; one voice",
+            "gense-tiny", "GenSE", "Apache-2.0", 3_437_280, "takes noise off speech, and loses words; one voice",
             kind="generator", modality="speech",
         ),
         ModelEntry(
