@@ -9,7 +9,6 @@ Shape suffixes: B batch, N pictures of a call, U units, 3/H/W image.
 from __future__ import annotations
 
 import inspect
-import operator
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from .image_tokenizer import ImageTokenizer, as_list
 from .images import fit_square, read_image, to_pil, to_pixels
 from .labels import MAX_LABELS, Classes, imagenet_names
 from .memory import available_memory, is_out_of_memory
+from .sizes import check_whole
 from .tokens import ImageFrame, Tokens
 
 MAX_STEPS = 1000
@@ -416,15 +416,6 @@ def _fresh_generator() -> torch.Generator:
     generator = torch.Generator()
     generator.seed()
     return generator
-
-
-def check_whole(value: Any, what: str, smallest: int, largest: int | None = None) -> int:
-    """`value` as an int, or InvalidInput when it is no whole number in its range; numpy's count as such."""
-    is_whole = hasattr(value, "__index__") and not isinstance(value, (bool, Tensor))
-    if not is_whole or not smallest <= (number := operator.index(value)) <= (number if largest is None else largest):
-        end = "on" if largest is None else f"to {largest}"
-        raise InvalidInput(f"{what}={value!r} must be a whole number from {smallest} {end}")
-    return number
 
 
 def check_steps(steps: Any, smallest: int = 1, what: str = "steps") -> int:

@@ -19,6 +19,7 @@ from .base import OnStep, Tokenizer, check_callback, report
 from .errors import InvalidInput
 from .isosurface import check_resolution, extract_surface
 from .meshes import normalise, read_mesh, restore
+from .sizes import check_whole
 from .surfaces import sample_surface
 from .tokens import ShapeFrame, Tokens
 
@@ -94,7 +95,7 @@ class ShapeTokenizer(Tokenizer):
             InvalidInput: unreadable meshes.
         """
         check_callback(on_step)
-        check_batch_size(batch_size)
+        batch_size = check_whole(batch_size, "batch_size", 1)
         sources, is_batch = as_list(meshes)
         ids, frames = [], []
         for start in range(0, len(sources), batch_size):
@@ -207,11 +208,6 @@ def as_list(meshes) -> tuple[list, bool]:
     if not meshes:
         raise InvalidInput("the list of meshes is empty")
     return list(meshes), True
-
-
-def check_batch_size(batch_size: int) -> None:
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise InvalidInput(f"batch_size must be a whole number from 1 on, not {batch_size!r}")
 
 
 def _part_of(on_step: OnStep | None, index: int, count: int) -> Callable | None:

@@ -1,6 +1,9 @@
-"""Sizes in a model's config, checked before anything is built from them: a config can come from a stranger."""
+"""Whole numbers that a stranger may have written, checked before anything is built from them: configs and options."""
 
 from __future__ import annotations
+
+import operator
+from typing import Any
 
 from .errors import InvalidInput
 
@@ -13,3 +16,15 @@ def check_sizes(largest: int = MAX_SIZE, /, **sizes: int) -> None:
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= largest:
             raise InvalidInput(f"{name}={size!r} must be a whole number from 1 to {largest}")
+
+
+def check_whole(value: Any, what: str, smallest: int, largest: int | None = None) -> int:
+    """`value` as an int, or InvalidInput when it is no whole number in its range; numpy's count as such."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < smallest or (largest is not None and number > largest):
+        end = "on" if largest is None else f"to {largest}"
+        raise InvalidInput(f"{what}={value!r} must be a whole number from {smallest} {end}")
+    return number

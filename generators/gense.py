@@ -28,8 +28,9 @@ from ..core.audio import Waveform, read_audio
 from ..core.base import Model, OnStep, check_callback, report
 from ..core.companion import Companion, check_companion, load_companion
 from ..core.errors import InvalidInput, LimitExceeded, TokenizerMismatch
-from ..core.generator import check_flag, check_number, check_whole, image_seeds
+from ..core.generator import check_flag, check_number, image_seeds
 from ..core.memory import available_memory
+from ..core.sizes import check_whole
 from ..core.speech_tokenizer import SpeechTokenizer
 from ..kernels.linear import pack_for_inference
 from ..nn.gpt2 import GPT2

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from ..core.base import Model, OnStep, check_callback, report
 from ..core.companion import Companion, check_companion, load_companion
 from ..core.errors import InvalidInput, LimitExceeded, TokenizerMismatch, nearest_names
-from ..core.generator import GeneratorOutput, check_number, check_whole, image_seeds
+from ..core.generator import GeneratorOutput, check_number, image_seeds
 from ..core.isosurface import check_resolution
 from ..core.labels import MAX_LABELS, Classes, check_class_names
 from ..core.memory import available_memory, is_out_of_memory
 from ..core.shape_tokenizer import ShapeTokenizer
-from ..core.sizes import MAX_DEPTH, MAX_SIZE, check_sizes
+from ..core.sizes import MAX_DEPTH, MAX_SIZE, check_sizes, check_whole
 from ..core.tokens import ShapeFrame, Tokens
 from ..kernels.linear import pack_for_inference
 from ..nn.modes import in_evaluation_mode

@@ -25,8 +25,9 @@ from torch import Tensor
 from ..core.audio import open_audio
 from ..core.base import Model, OnStep, check_callback, report
 from ..core.errors import InvalidInput, LimitExceeded
-from ..core.generator import GeneratorOutput, check_number, check_whole
+from ..core.generator import GeneratorOutput, check_number
 from ..core.memory import is_out_of_memory
+from ..core.sizes import check_whole
 from ..core.speech_tokenizer import as_list
 from ..core.transcript import Transcript, Word
 from ..kernels.cif import integrate_and_fire

@@ -42,7 +42,7 @@ def attention_of_one(q_BHID: Tensor, k_BHTD: Tensor, v_BHTD: Tensor) -> Tensor:
         return attention(q_BHID, k_BHTD, v_BHTD)
     heads = q_BHID.shape[:2]
     # Batches are views here: `@` would copy keys and values. A vector is the one row of a matrix, turned: what has one
-    # column by its shape is multiplied four times as slowly.
+    # column by its shape is multiplied more slowly.
     q_NID, k_NTD, v_NDT = q_BHID.flatten(0, 1), k_BHTD.flatten(0, 1), v_BHTD.flatten(0, 1).mT
     scores_NIT = torch.bmm(k_NTD, (q_NID * q_NID.shape[-1] ** -0.5).mT).mT
     shares_NIT = scores_NIT.float().softmax(dim=-1).to(v_NDT.dtype)

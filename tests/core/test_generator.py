@@ -206,7 +206,7 @@ def test_other_wrong_options(gen):
         gen.generate(0, heta=1)
     with pytest.raises(mt.InvalidInput, match=r"no option .self."):
         gen.generate(0, self=3)
-    for batch_size in (0, -1, 1.5, True, "2", None):
+    for batch_size in (0, -1, 1.5, True, "2", None, torch.tensor(1.5), np.array([1, 2])):
         with pytest.raises(mt.InvalidInput, match="batch_size"):
             gen.generate(0, batch_size=batch_size)
 
