@@ -10,7 +10,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import escape
@@ -50,6 +50,20 @@ class Studio:
         self.samples = [Path(shutil.copy(path, shown)) for path in list_images(SAMPLES)[:NUM_SAMPLES]]
         self.clips = [Path(shutil.copy(path, shown)) for path in sorted(CLIPS.glob("*.flac"))[:NUM_SAMPLES]]
         self.shapes = [Path(shutil.copy(path, shown)) for path in sorted(SHAPES.glob("*.glb"))[:NUM_SAMPLES]]
+
+    def first_source(self, kind: str) -> str | None:
+        """The model of a kind that a sub-tab begins with; None where there is none."""
+        return self.catalogue.default_source(kind) if self.catalogue.choices(kind) else None
+
+    def model_updates(self, kinds: Iterable[str], chosen: Iterable[str | None]) -> list:
+        """For each kind its notice, its controls and its list of models; `chosen` stay as long as they are here."""
+        updates = []
+        for kind, source in zip(kinds, chosen, strict=True):
+            choices = self.catalogue.choices(kind)
+            value = {} if source in [source for _, source in choices] else {"value": self.first_source(kind)}
+            here = bool(choices)
+            updates += [gr.HTML(visible=not here), gr.Row(visible=here), gr.Dropdown(choices=choices, **value)]
+        return updates
 
     def title(self) -> str:
         """The title bar with the memory in use now."""

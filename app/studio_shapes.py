@@ -78,7 +78,7 @@ class ShapeEvents:
 
     def open(self, session: ShapeSession):
         """The tab is opened: the first sample, where there is one and nothing else yet."""
-        if session.subject is not None or not self.studio.shapes or not self.first_source(SHAPE_TOKENIZER):
+        if session.subject is not None or not self.studio.shapes or not self.studio.first_source(SHAPE_TOKENIZER):
             return skips(NUM_TAKEN)
         return self._take_sample(session, 0)
 
@@ -304,19 +304,7 @@ class ShapeEvents:
 
     def refresh(self, *chosen: str | None) -> list:
         """Models may have come or gone: for each sub-tab its notice, its controls and its list of models."""
-        updates = []
-        for kind, source in zip(KINDS.values(), chosen, strict=True):
-            choices = self.studio.catalogue.choices(kind)
-            sources = [source for _, source in choices]
-            value = {} if source in sources else {"value": self.first_source(kind)}
-            here = bool(choices)
-            updates += [gr.HTML(visible=not here), gr.Row(visible=here), gr.Dropdown(choices=choices, **value)]
-        return updates
-
-    def first_source(self, kind: str) -> str | None:
-        """The model that a sub-tab begins with."""
-        catalogue = self.studio.catalogue
-        return catalogue.default_source(kind) if catalogue.choices(kind) else None
+        return self.studio.model_updates(KINDS.values(), chosen)
 
 
 def _download(path: Path | None) -> gr.DownloadButton:

@@ -383,19 +383,7 @@ class SpeechEvents:
 
     def refresh(self, *chosen: str | None) -> list:
         """Models may have come or gone: for each sub-tab its notice, its controls and its list of models."""
-        updates = []
-        for kind, source in zip(KINDS.values(), chosen, strict=True):
-            choices = self.studio.catalogue.choices(kind)
-            sources = [source for _, source in choices]
-            value = {} if source in sources else {"value": self.first_source(kind)}
-            here = bool(choices)
-            updates += [gr.HTML(visible=not here), gr.Row(visible=here), gr.Dropdown(choices=choices, **value)]
-        return updates
-
-    def first_source(self, kind: str) -> str | None:
-        """The model that a sub-tab begins with."""
-        catalogue = self.studio.catalogue
-        return catalogue.default_source(kind) if catalogue.choices(kind) else None
+        return self.studio.model_updates(KINDS.values(), chosen)
 
 
 def hotword_help(name: str, takes: bool) -> str:

@@ -59,7 +59,7 @@ def _subtab(studio: Studio, events: ShapeEvents, task: str, part) -> SimpleNames
 def _model(ui: SimpleNamespace, task: str, studio: Studio, events: ShapeEvents, label: str, info: str) -> None:
     kind = KINDS[task]
     ui.model = gr.Dropdown(
-        studio.catalogue.choices(kind), value=events.first_source(kind), label=label, info=info, filterable=False,
+        studio.catalogue.choices(kind), value=studio.first_source(kind), label=label, info=info, filterable=False,
         elem_id=f"shapes-{task}-model",
     )  # fmt: skip
 

@@ -69,7 +69,7 @@ def _subtab(studio: Studio, events: SpeechEvents, task: str, part) -> SimpleName
 def _model(ui: SimpleNamespace, task: str, studio: Studio, events: SpeechEvents, label: str, info: str) -> None:
     kind = KINDS[task]
     ui.model = gr.Dropdown(
-        studio.catalogue.choices(kind), value=events.first_source(kind), label=label, info=info, filterable=False,
+        studio.catalogue.choices(kind), value=studio.first_source(kind), label=label, info=info, filterable=False,
         elem_id=f"speech-{task}-model",
     )  # fmt: skip
 
