@@ -19,8 +19,9 @@ OVERLAP_SECONDS = 1.0  # of two windows at least, and the length of a cross-fade
 class WindowPlan:
     """Where the windows of a clip begin, in samples. All are of one size, so that they can go through in batches.
 
-    A clip that fits into one window is padded with zeros at the right up to the next whole token; a longer one needs
-    no padding, since its windows are spread evenly from its beginning to its end.
+    A clip that fits into one window is padded with zeros at the right up to the next whole token, or where the model
+    has no room for windows of 10 s, to a whole window: it was trained on no other length then. A longer clip needs no
+    padding, since its windows are spread evenly from its beginning to its end.
     """
 
     starts: tuple[int, ...]
@@ -30,10 +31,11 @@ class WindowPlan:
     @classmethod
     def make(cls, num_samples: int, sample_rate: int, unit: int, largest: int) -> WindowPlan:
         """For windows of whole tokens, one every `unit` samples, and of no more than `largest` samples."""
-        size = max(1, min(int(WINDOW_SECONDS * sample_rate), largest) // unit) * unit
+        wanted = int(WINDOW_SECONDS * sample_rate)
+        size = max(1, min(wanted, largest) // unit) * unit
         overlap = min(int(OVERLAP_SECONDS * sample_rate), size // 2)
         if num_samples <= size:
-            return cls((0,), -(-num_samples // unit) * unit, overlap)
+            return cls((0,), size if largest < wanted else -(-num_samples // unit) * unit, overlap)
         steps = -(-(num_samples - size) // (size - overlap))
         return cls(tuple(round(i * (num_samples - size) / steps) for i in range(steps + 1)), size, overlap)
 

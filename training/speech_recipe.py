@@ -82,18 +82,28 @@ class SemanticRecipe(SpeechRunRecipe):
 
 
 class GenSEModelRecipe(SpeechModelRecipe):
-    """trains: which of the two language models; they share nothing, and may be trained on two machines."""
+    """trains: which of the two language models; they share nothing, and may be trained on two machines.
+
+    aligned_start: a start for small data sets; see `gense_start.py`.
+    """
 
     class_name: Literal["GenSE"]
     trains: Literal["both", "n2s", "s2s"] = "both"
+    aligned_start: bool = False
 
 
 class GenSERecipe(SpeechRunRecipe):
-    """Training of GenSE. semantic, codec: its tokenizers, which stay as they are."""
+    """Training of GenSE.
+
+    semantic, codec: its tokenizers, which stay as they are. crops: how many crops are cut and made noisy; they come
+    again and again, and their tokens are kept. By default, each comes once: more noise is heard, and most of the time
+    goes into tokens.
+    """
 
     model: GenSEModelRecipe
     semantic: Name
     codec: Name
+    crops: Positive | None = None
     data: SpeechDataRecipe
     noise: NoiseRecipe = NoiseRecipe()
 

@@ -60,7 +60,7 @@ def gpt2(vocab, positions, width, depth, heads):
     return model
 
 
-def language_models(width, depth, heads, semantic, acoustic, positions=(90, 1100)):
+def language_models(width, depth, heads, semantic, acoustic, positions=(600, 2100)):
     torch.manual_seed(width)
     vocabularies = {"n2s": semantic + 3, "s2s": semantic + acoustic + 3}
     lms = {
@@ -334,7 +334,7 @@ def test_foreign_weights_are_refused():
     config = {"model": sizes}
     model = from_official("gense", config, weights)
     assert (model.config.num_semantic, model.config.num_acoustic) == (9, 5)
-    assert (model.config.n2s_positions, model.config.s2s_positions) == (90, 1100)
+    assert (model.config.n2s_positions, model.config.s2s_positions) == (600, 2100)
     masks = {f"n2s.lm.transformer.h.0.attn.{name}": torch.ones(1, 1, 4, 4) for name in ("bias", "masked_bias")}
     from_official("gense", config, weights | masks)  # older libraries saved them
     head = weights["n2s.lm.lm_head.weight"]

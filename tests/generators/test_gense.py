@@ -34,7 +34,7 @@ def small_tokenizers():
 def model(with_tokenizers=False, **changes):
     torch.manual_seed(0)
     sizes = {"num_semantic": SEMANTIC, "num_acoustic": ACOUSTIC, "hidden_size": 16, "num_hidden_layers": 2}
-    generator = GenSE(**(sizes | {"num_attention_heads": 2, "s2s_positions": 1300} | changes)).eval()
+    generator = GenSE(**(sizes | {"num_attention_heads": 2, "s2s_positions": 2100} | changes)).eval()
     for parameter in generator.parameters():  # freshly drawn ones hardly tell one token from another
         if parameter.ndim == 2:
             parameter.data *= 10
@@ -284,6 +284,10 @@ def test_windows_are_as_short_as_the_positions(enhancer, positions):
     generator = model(**positions)
     generator.use_tokenizers(enhancer.semantic_tokenizer, enhancer.codec)
     assert generator.window_plan(10 * RATE).size == 2560
+    # They know no shorter ones: a short clip is enhanced with the silence behind it.
+    padded = mt.Waveform(torch.nn.functional.pad(sound(0.1).samples, (0, 960)), RATE)
+    expected = generator.enhance(padded, seed=0).samples[:, :1600]
+    assert torch.equal(generator.enhance(sound(0.1), seed=0).samples, expected)
     assert generator.enhance(sound(0.4), seed=0).samples.shape == (1, 6400)
     with pytest.raises(LimitExceeded, match="any sound"):
         model(with_tokenizers=True, s2s_positions=1000).enhance(sound(0.1))
@@ -383,8 +387,8 @@ def test_bad_values_are_named(enhancer, bad):
 
 def test_too_much_at_once_is_refused(enhancer, monkeypatch):
     with pytest.raises(LimitExceeded, match="positions"):
-        enhancer.generate_ids(*noisy(1, 7, 302), enhancer.settings(greedy=True))
-    enhancer.generate_ids(*noisy(1, 7, 301), enhancer.settings(greedy=True))  # the last token's place is never read
+        enhancer.generate_ids(*noisy(1, 7, 1102), enhancer.settings(greedy=True))
+    enhancer.check_positions(7, 1101, 1101)  # the last token's place is never read
     with pytest.raises(LimitExceeded, match="positions"):
         model(n2s_positions=7).check_positions(7, 7, 7)
     monkeypatch.setattr(gense, "available_memory", lambda device: 1000)

@@ -140,9 +140,12 @@ def run(values, output, stop_at=None):
     return load_checkpoint(whole_checkpoints(Path(output) / "checkpoints")[-1])
 
 
-@pytest.mark.parametrize("class_name", SIZES)
+@pytest.mark.parametrize("class_name", [*SIZES, "GenSE, aligned, with crops that come again"])
 def test_four_and_four_steps_equal_eight(make_values, tmp_path, class_name):
-    values = make_values(class_name)
+    values = make_values(class_name.split(",")[0])
+    if "," in class_name:
+        config = SIZES["GenSE"] | {"hidden_size": 32, "num_attention_heads": 4}
+        values |= {"crops": 6, "model": {"class_name": "GenSE", "config": config, "aligned_start": True}}
     tensors, state = run(values, tmp_path / "whole")
     run(values, tmp_path / "parts", stop_at=4)
     again, state_again = run(values, tmp_path / "parts")
