@@ -49,6 +49,7 @@ bench: $(STAMP)  ## print speed and memory as ratios against the plain formulati
 	$(PY) benchmarks/cif.py
 	$(PY) benchmarks/paraformer.py
 	$(PY) benchmarks/gense.py
+	$(PY) benchmarks/vat.py
 
 data: $(STAMP)  ## fetch fluent-emoji, EfficientNet-Lite0 features, festvox-ru, furniture and pybullet's shapes into data/
 	$(PY) -m mediatok.training.fetch_emoji --out data/fluent-emoji

@@ -16,8 +16,8 @@ from .errors import InvalidInput, LimitExceeded
 # A scan of 2 million faces fits twice over. Reading takes up to 500 bytes a face beside the file (STL: three vertices
 # for each face before they are joined).
 MAX_MESH_BYTES = 256 * 2**20
-MAX_FACES = 5_000_000
-MAX_VERTICES = 5_000_000
+MAX_FACES = 4_000_000
+MAX_VERTICES = 4_000_000
 
 ACCEPTED = "OBJ, STL, PLY, OFF and GLB are read"
 STL_HEADER, STL_FACE = 84, 50  # bytes: 80 of text and the number of faces; 12 floats and 2 spare bytes a face

@@ -28,6 +28,7 @@ from .schedule import make_optimizer
 from .shape_codes import ROWS_PER_CODE, CodebookRevival, place_codes
 from .shape_data import Batch, ShapeShards, TrainingShapes, shape_batches, validation_shapes
 from .shape_recipe import ShapeLossRecipe, ShapeModelRecipe, load_shape_recipe
+from .shape_start import align_places
 from .tracker import Tracker
 from .trainer import Trainer, run_from_command_line
 from .validate import code_usage
@@ -45,6 +46,8 @@ class ShapeTrainer(Trainer):
     def build_models(self, state: dict | None) -> None:
         recipe = self.recipe.model
         self.raw_model = build_shape_tokenizer(recipe, None if state is None else state["model_config"])
+        if recipe.aligned_start and state is None:
+            align_places(self.raw_model)
         self.raw_model.to(self.device).train()
         if recipe.gradient_checkpointing:
             self.raw_model.enable_gradient_checkpointing()

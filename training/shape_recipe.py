@@ -22,6 +22,7 @@ class ShapeModelRecipe(Section):
     continuous_steps: first steps without quantization; then k-means over the latents places the codes.
     partial_share: share of the quantized batches that are decoded after a random number of scales, so that a shape is
     recognisable before its last scale.
+    aligned_start: a start for small data sets; see `shape_start.py`.
     revive_codes: give codes that no token chose for a while the place of a token; without it small runs collapse.
     """
 
@@ -31,13 +32,14 @@ class ShapeModelRecipe(Section):
     init_from: Path | None = None
     continuous_steps: Count = 0
     partial_share: Fraction = 0.0
+    aligned_start: bool = False
     revive_codes: bool = False
     gradient_checkpointing: bool = False
 
     @model_validator(mode="after")
     def _needs(self):
-        if self.init_from is not None and (self.like or self.config):
-            raise ValueError("init_from brings its own sizes; leave out like and config")
+        if self.init_from is not None and (self.like or self.config or self.aligned_start):
+            raise ValueError("init_from brings its own sizes and weights; leave out like, config and aligned_start")
         return self
 
 

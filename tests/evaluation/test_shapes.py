@@ -10,6 +10,7 @@ import trimesh
 from mediatok.core.errors import InvalidInput
 from mediatok.core.meshes import normalise, restore, write_mesh
 from mediatok.core.tokens import Tokens
+from mediatok.evaluation import shape_generation
 from mediatok.evaluation.decimate import cluster_vertices, simplify
 from mediatok.evaluation.mesh_packing import pack_mesh, unpack_mesh
 from mediatok.evaluation.render import contact_sheet, render_mesh, render_points
@@ -183,6 +184,41 @@ def test_generated_shapes():
         evaluate_generated([ball], [], [box])
     matching, coverage = matching_and_coverage(np.array([[1.0, 3.0], [2.0, 5.0]]))
     assert (matching, coverage) == (2.0, 0.5)
+
+
+class Sculptor:
+    """Makes balls, and remembers what it was asked for."""
+
+    modality, label_names = "shape", ("lamp", "Kitchen")
+
+    def generate(self, labels, seed, resolution):
+        self.asked = labels
+        return [trimesh.creation.icosphere(2) for _ in labels]
+
+
+def test_generation_is_measured_by_one_command(tmp_path, monkeypatch, capsys):
+    entries = {}
+    for key, split, kind, category in (
+        ("a", "train", "lamp", "Lights"), ("b", "val", "lamp", "Lights"), ("c", "val", "spoon", "Kitchen"),
+    ):  # fmt: skip
+        (tmp_path / split).mkdir(exist_ok=True)
+        write_mesh(trimesh.creation.box((1, 2, 3)), tmp_path / split / f"{key}.ply")
+        entries[key] = {"name": key, "split": split, "object": kind, "category": category}
+    (tmp_path / "catalogue.json").write_text(json.dumps(entries))
+    sculptor = Sculptor()
+    monkeypatch.setattr(shape_generation, "load", lambda name: sculptor)
+    assert shape_generation.main(["a-sculptor", str(tmp_path)]) == 0
+    assert sculptor.asked == ["lamp", "Kitchen"]  # the object, or else the category
+    report = json.loads(capsys.readouterr().out)
+    assert (report["num_made"], report["num_heldout"], report["num_training"]) == (2, 2, 1)
+    for change, words in (
+        ({"label_names": ("sofa",)}, "neither the object nor the category of 'b'"),
+        ({"label_names": ()}, "makes no labelled shapes"),
+    ):
+        for name, value in change.items():
+            setattr(sculptor, name, value)
+        assert shape_generation.main(["a-sculptor", str(tmp_path)]) == 2
+        assert words in capsys.readouterr().err
 
 
 # Rate.
