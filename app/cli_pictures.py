@@ -82,7 +82,7 @@ def reconstruct_pictures(
     *, batch_size: int, **where: str,
 ) -> None:  # fmt: skip
     """Write what is left of every picture after encoding and decoding, and tell the PSNR."""
-    from ..core.images import fit_square, psnr, read_image, to_pixels, write_image
+    from ..core.images import psnr, read_image, to_pixels, write_image
 
     jobs = plan_jobs(
         inputs, out, outcome, suffixes=PICTURES.suffixes, output_suffixes=PICTURES.outputs,
@@ -101,7 +101,7 @@ def reconstruct_pictures(
         for index, (job, picture, result) in enumerate(zip(batch, pictures, results, strict=True)):
             make_folder(job.output)
             write_image(result, job.output)
-            reference = picture if tile else fit_square(picture, tokenizer.image_size)
+            reference = picture if tile else tokenizer.fit(picture)
             record = _record(job, tokenizer, tokens[index] if tokens else None, reference)
             records.append(record | {"psnr": round(min(psnr(to_pixels(result), to_pixels(reference)), MAX_PSNR), 3)})
         return records

@@ -28,11 +28,14 @@ def run_training(recipe: str, changes: list[str], num_processes: int, accelerate
 def check_recipe(path: Path, changes: list[str]) -> str:
     """The module that trains what the recipe at `path` describes; InvalidRecipe when it is wrong."""
     from ..training.codec_recipe import is_codec_recipe, load_codec_recipe
+    from ..training.flextok_recipe import is_flextok_recipe, load_flextok_recipe
     from ..training.generator_recipe import is_generator_recipe, load_generator_recipe
     from ..training.kmeans_recipe import is_kmeans_recipe, load_kmeans_recipe
     from ..training.recipe import load_recipe
+    from ..training.seed_recipe import is_seed_recipe, load_seed_recipe
     from ..training.shape_recipe import is_shape_recipe, load_shape_recipe
     from ..training.speech_recipe import is_speech_recipe, load_speech_recipe
+    from ..training.tokenflow_recipe import is_tokenflow_recipe, load_tokenflow_recipe
 
     kinds = (
         ("generator", is_generator_recipe, load_generator_recipe),
@@ -40,6 +43,9 @@ def check_recipe(path: Path, changes: list[str]) -> str:
         ("speech", is_speech_recipe, load_speech_recipe),
         ("kmeans", is_kmeans_recipe, load_kmeans_recipe),
         ("shape", is_shape_recipe, load_shape_recipe),
+        ("flextok", is_flextok_recipe, load_flextok_recipe),
+        ("seed", is_seed_recipe, load_seed_recipe),
+        ("tokenflow", is_tokenflow_recipe, load_tokenflow_recipe),
         ("tokenizer", lambda path: True, load_recipe),  # of images
     )
     name, _, load = next(kind for kind in kinds if kind[1](path))

@@ -54,7 +54,7 @@ def check_tokenizer(tokenizer, samples: list[Path]) -> list[Row]:
     """
     settings = [{}]
     if tokenizer.is_variable_length:
-        settings.append({"num_tokens": max(tokenizer.max_tokens // 4, 1)})
+        settings.append({"num_tokens": tokenizer.longest_within(tokenizer.max_tokens // 4)})
     tokenizer.decode(tokenizer.encode(samples[0]))  # the first call is slower and is not timed
     return [
         _check_sample(tokenizer, path, options)
@@ -74,7 +74,7 @@ def _check_sample(tokenizer, path: Path, options: dict) -> Row:
     seconds = time.perf_counter() - start
     if loaded != tokens or len(data) != tokens.num_bytes:
         raise MediatokError(f"self-check failed: {tokenizer.name} tokens of {path.name} change in their .mtok file")
-    reference = original if "tile" in options else fit_square(original, tokenizer.image_size)
+    reference = original if "tile" in options else tokenizer.fit(original)
     value = psnr(to_pixels(picture), to_pixels(reference))
     if "num_tokens" not in options and not value >= MIN_PSNR:
         raise MediatokError(f"self-check failed: {tokenizer.name} gives {path.name} back with {value:.1f} dB only")

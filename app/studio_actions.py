@@ -39,7 +39,7 @@ class Budget:
         if self.amount is None or not np.isfinite(self.amount) or self.amount <= 0:
             raise InvalidInput(f"Give a {self.kind} budget above zero, not {self.amount}.")
         if self.kind == "tokens":
-            return {"num_tokens": min(int(self.amount), tokenizer.max_tokens)}
+            return {"num_tokens": tokenizer.longest_within(int(self.amount))}
         return {BUDGETS[self.kind]: float(self.amount) if self.kind == "quality" else int(self.amount)}
 
 

@@ -13,7 +13,23 @@ from ..core.errors import InvalidCheckpoint, ModelNotFound, nearest_names
 from ..core.registry import ENTRIES, ModelEntry, constructor_arguments, find_entry, model_class
 from ..core.strict import build
 from ..core.weights import WEIGHT_SUFFIXES, inside, read_config, read_state_dict
-from . import gense, kl16_vae, maskgit, one_d_piece, paraformer, semantic, simcodec, titok, xar
+from . import (
+    flexar,
+    flextok_release,
+    gense,
+    kl16_vae,
+    maskgit,
+    one_d_piece,
+    paraformer,
+    seed,
+    seed_llama,
+    semantic,
+    simcodec,
+    titok,
+    tokenflow,
+    tokenflow_t2i,
+    xar,
+)
 
 CONFIG_NAMES = ("config.json", "config.yaml", "config.yml")
 # Where releases keep their weights, best first: hub folders, training outputs (the EMA is what was released).
@@ -36,6 +52,10 @@ SYSTEMS = {
     "semantic": semantic.from_official,
     "gense": gense.from_official,
     "paraformer": paraformer.from_official,
+    "flextok": flexar.of_family,
+    "seed": seed.from_official,
+    "seed_llama": seed_llama.from_official,
+    "tokenflow": tokenflow.from_official,
 }
 
 
@@ -66,9 +86,14 @@ def is_official_folder(path: str | Path) -> bool:
     Raises InvalidCheckpoint when the folder's config is malformed or names code.
     """
     path = Path(path)
+    if flextok_release.is_release(path):  # before those who read config.json, which names the authors' classes
+        return True
     if not path.is_dir():
-        return path.is_file() and (_entry_of_file(path.name) is not None or simcodec.is_release(path))
-    if simcodec.is_release(path) or gense.is_folder(path):
+        is_known = simcodec.is_release(path) or seed.is_release(path)
+        return path.is_file() and (_entry_of_file(path.name) is not None or is_known)
+    if simcodec.is_release(path) or gense.is_folder(path) or seed.is_release(path) or seed_llama.is_release(path):
+        return True
+    if tokenflow_t2i.is_folder(path):
         return True
     config = _find_config(path)
     if config is not None:
@@ -96,10 +121,18 @@ def load_official(path: str | Path, name: str | None = None) -> nn.Module:
     entry = find_entry(name) if name else None
     if name and entry is None:
         raise ModelNotFound(f"unknown model {name!r}.{nearest_names(name, ENTRIES)}")
+    if flextok_release.is_release(path):
+        return flextok_release.load_release(path, name)
     if gense.is_folder(path):  # with the codec's config.json in it
         return gense.load_folder(path, name)
+    if tokenflow_t2i.is_folder(path):  # a LLaVA's config.json
+        return tokenflow_t2i.load_folder(path, _find_weights(path, None))
     if simcodec.is_release(path):
         return simcodec.load_release(path, name)
+    if seed.is_release(path):
+        return seed.load_release(path, name)
+    if seed_llama.is_release(path):
+        return seed_llama.load_release(path, entry)
     config = _find_config(path) if path.is_dir() else None
     if paraformer.is_release(config):
         return paraformer.load_folder(path, config, name)
@@ -146,6 +179,8 @@ def of_entry(entry: ModelEntry, state_dict: Mapping[str, Tensor]) -> nn.Module:
         return semantic.from_official({}, state_dict)
     if entry.class_name == "MaskGIT":
         return maskgit.from_arguments(constructor_arguments(entry), state_dict)
+    if entry.class_name == "TokenFlow":
+        return tokenflow.of_release(entry.name, state_dict)
     return build(model_class(entry.class_name), constructor_arguments(entry), state_dict)
 
 
@@ -156,6 +191,8 @@ def _entry_of_weights(state_dict: Mapping[str, Tensor]) -> ModelEntry | None:
     if "z_proj_ln.weight" in state_dict and "class_emb.weight" in state_dict:
         width = state_dict["class_emb.weight"].shape[-1]
         return next((e for name, e in ENTRIES.items() if xar.WIDTHS.get(name) == width), None)
+    if "quantize.embedding_vqkd.weight" in state_dict:
+        return find_entry("tokenflow-xl" if tokenflow.is_siglip(state_dict) else "tokenflow-b")
     if "post_extract_proj.weight" in state_dict:
         is_wavlm = any(key.endswith(".grep_a") for key in state_dict)
         return find_entry("semantic-wavlm-large" if is_wavlm else "semantic-xls-r-300m")
@@ -193,6 +230,8 @@ def _find_weights(folder: Path, config: Mapping[str, Any] | None) -> Path:
 
 def _entry_of_file(file_name: str) -> ModelEntry | None:
     """The released model that a file name tells: tokenizer_titok_b64.bin, titok_bl64_vae_c16.bin, ..."""
+    if entry := next((e for e in ENTRIES.values() if e.hub_file == file_name), None):
+        return entry
     stem = re.sub(r"\.(bin|pt|pth|ckpt|safetensors)$", "", file_name.lower()).replace("_", "-")
     stem = stem.removeprefix("tokenizer-").removesuffix("-imagenet").removesuffix("-imagenet-f16-256")
     entry = find_entry(re.sub("^generator-", "maskgit-", stem))

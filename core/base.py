@@ -28,6 +28,7 @@ class TokenizerOutput:
     decoded: pixels [B, 3, H, W], or logits over proxy codes [B, K, G, G] (stage 1 of two-stage models).
     ids_BL: int64 ids, None for continuous latents. vq: the quantizer's losses. posterior: the Gaussian of a VAE.
     num_tokens: how many tokens were kept, for models that drop the tail.
+    semantic_BPT: what is to be like a teacher's features [B, P, T], for models that are distilled from one.
     """
 
     decoded: Tensor
@@ -35,6 +36,7 @@ class TokenizerOutput:
     vq: Any = None
     posterior: Any = None
     num_tokens: int | None = None
+    semantic_BPT: Tensor | None = None
 
 
 class Model(ModelMixin, ConfigMixin):

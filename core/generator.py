@@ -24,7 +24,7 @@ from .base import Model, OnStep, check_callback, report
 from .companion import Companion, check_companion, load_companion
 from .errors import InvalidInput, LimitExceeded, nearest_names
 from .image_tokenizer import ImageTokenizer, as_list
-from .images import fit_square, read_image, to_pil, to_pixels
+from .images import read_image, to_pil, to_pixels
 from .labels import MAX_LABELS, Classes, imagenet_names
 from .memory import available_memory, is_out_of_memory
 from .sizes import check_whole
@@ -289,7 +289,7 @@ class ImageGenerator(Model):
         return Tokens(
             ids=ids_BL, lengths=torch.full((len(ids_BL),), ids_BL.shape[1]), tokenizer=tokenizer.name,
             fingerprint=tokenizer.fingerprint, vocab_size=tokenizer.vocab_size, modality=self.modality,
-            frames=(ImageFrame(side, side),) * len(ids_BL),
+            frames=(ImageFrame(side, side),) * len(ids_BL), scales=tokenizer.scales,
         )  # fmt: skip
 
     # Checking what a user gives.
@@ -336,8 +336,7 @@ class ImageGenerator(Model):
         if isinstance(start, Tensor):
             return self.check_content(start.cpu())
         sources, _ = as_list(start)
-        side = self.tokenizer.image_size
-        pixels = torch.stack([to_pixels(fit_square(read_image(source), side)) for source in sources])
+        pixels = torch.stack([to_pixels(self.tokenizer.fit(read_image(source))) for source in sources])
         return self.encode_content(pixels.to(self.device)).cpu()
 
     @abstractmethod

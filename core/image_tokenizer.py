@@ -8,13 +8,14 @@ from __future__ import annotations
 import bisect
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from .base import OnStep, Tokenizer, report
-from .errors import InvalidInput
+from .errors import InvalidInput, nearest_names
 from .images import fit_square, read_image, to_pil, to_pixels
 from .tiles import TileGrid
 from .tokens import ImageFrame, Tokens
@@ -27,14 +28,31 @@ class ImageTokenizer(Tokenizer):
     """
 
     modality = "image"
-    is_variable_length = False  # any prefix of the tokens decodes
+    is_variable_length = False  # prefixes of the tokens decode: those of `lengths`
+    scales: tuple[int, ...] = ()  # tokens of each scale, coarse to fine, where a prefix must be some whole scales
     is_continuous = False  # latents instead of ids
     accepts_text = False  # the decoder reads a caption
+    decoding_option_names: tuple[str, ...] = ()  # of `decode`, for decoders that can be run in several ways
     text_encoder = "openai/clip-vit-large-patch14-336"  # hub id or folder, for models that accept text
 
     @property
     def image_size(self) -> int:
         return self.config.image_size
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """How many tokens a picture may have, in growing order."""
+        if self.scales:
+            return tuple(accumulate(self.scales))
+        return range(1 if self.is_variable_length else self.max_tokens, self.max_tokens + 1)
+
+    def longest_within(self, count: int) -> int:
+        """The most tokens that a picture may have and that `count` allows; the fewest where it allows none."""
+        return self.lengths[max(bisect.bisect_right(self.lengths, count) - 1, 0)]
+
+    def fit(self, image: Image.Image) -> Image.Image:
+        """A picture of any size as the square that this tokenizer reads."""
+        return fit_square(image, self.image_size)
 
     @torch.inference_mode()
     def encode(
@@ -70,13 +88,13 @@ class ImageTokenizer(Tokenizer):
         for start in range(0, len(sources), per_chunk):
             prepared = [self._prepare(read_image(source), tile) for source in sources[start : start + per_chunk]]
             pixels_R3SS, chunk_frames = torch.cat([rows for rows, _ in prepared]), [frame for _, frame in prepared]
+            longest = [self._longest(frame, num_tokens, max_bytes) for frame in chunk_frames]
+            needed = max(longest) if self.is_variable_length else None
             ids = []
             for batch in pixels_R3SS.split(batch_size):
-                ids.append(self.encode_pixels(batch.to(self.device)).cpu())
+                ids.append(self.encode_pixels(batch.to(self.device), needed).cpu())
                 report(on_step, start, len(sources))
-            ids_RL = torch.cat(ids)
-            longest = [self._longest(frame, num_tokens, max_bytes) for frame in chunk_frames]
-            lengths = longest
+            ids_RL, lengths = torch.cat(ids), longest
             if target_psnr is not None:
                 beat = partial(report, on_step, start, len(sources))  # so that a long search can be cancelled
                 lengths = self._shortest_reaching(target_psnr, longest, pixels_R3SS, ids_RL, batch_size, beat)
@@ -95,30 +113,35 @@ class ImageTokenizer(Tokenizer):
         as_tensor: bool = False,
         batch_size: int = 8,
         on_step: OnStep | None = None,
+        **options,
     ):
         """Turn `Tokens` back into pictures: one PIL image, or a list when the tokens came from a list.
 
         `text` is the caption, or one caption per picture, for text-aware models. With `as_tensor`, fp32 tensors
         [3, H, W] in [0, 1] instead of PIL images. Pictures are `image_size` square unless they were encoded as tiles.
+        `options` are those of `decoding_option_names`, such as the steps of a flow.
 
         Raises:
             TokenizerMismatch: tokens of another model.
+            InvalidInput: options that this tokenizer does not have, or values out of their range.
         """
         tokens.check(self.name, self.fingerprint)
         captions = self._captions(text, len(tokens))
+        self._check_decoding_names(options)
+        arguments = self.decoding_arguments(**options)
         pictures: list = [None] * len(tokens)
         whole = [index for index, frame in enumerate(tokens.frames) if not frame.is_tiled]
         done = 0
         for group in (whole[start : start + batch_size] for start in range(0, len(whole), batch_size)):
             texts = None if captions is None else [captions[i] for i in group]
-            pixels = self._decode_rows(tokens.ids[group], tokens.lengths[group], texts)
+            pixels = self._decode_rows(tokens.ids[group], tokens.lengths[group], texts, arguments)
             for index, picture in zip(group, pixels, strict=True):
                 pictures[index] = picture
             done += len(group)
             report(on_step, done, len(tokens), pixels[-1])
         for index in sorted(set(range(len(tokens))) - set(whole)):
             texts = None if captions is None else [captions[index]]
-            pictures[index] = self._decode_tiles(tokens, index, texts, batch_size, on_step, done)
+            pictures[index] = self._decode_tiles(tokens, index, texts, batch_size, on_step, done, arguments)
             done += 1
             report(on_step, done, len(tokens), pictures[index])
         results = pictures if as_tensor else [to_pil(picture) for picture in pictures]
@@ -126,17 +149,19 @@ class ImageTokenizer(Tokenizer):
 
     @torch.inference_mode()
     def reconstruct(self, images, *, text=None, as_tensor: bool = False, batch_size: int = 8, on_step=None, **options):
-        """Encode and decode in one call; `options` are `encode`'s. Works for continuous tokenizers, too."""
+        """Encode and decode in one call; `options` are those of both. Works for continuous tokenizers, too."""
         if not self.is_continuous:
+            decoding = {name: options.pop(name) for name in self.decoding_option_names if name in options}
+            self.decoding_arguments(**decoding)  # a wrong value is found before the work
             tokens = self.encode(images, batch_size=batch_size, on_step=on_step, **options)
-            return self.decode(tokens, text=text, as_tensor=as_tensor, batch_size=batch_size)
+            return self.decode(tokens, text=text, as_tensor=as_tensor, batch_size=batch_size, **decoding)
         if options:
             raise InvalidInput(f"{self.name} has continuous latents: {', '.join(options)} cannot be chosen")
         sources, is_batch = as_list(images)
         captions = self._captions(text, len(sources))
         pictures = []
         for start in range(0, len(sources), batch_size):
-            chunk = [to_pixels(fit_square(read_image(s), self.image_size)) for s in sources[start : start + batch_size]]
+            chunk = [to_pixels(self.fit(read_image(s))) for s in sources[start : start + batch_size]]
             latents = self.encode_latents(torch.stack(chunk).to(self.device))
             text_features = () if captions is None else (self.encode_text(captions[start : start + batch_size]),)
             pictures += self.decode_latents(latents, *text_features).clamp(0, 1).cpu().unbind()
@@ -169,6 +194,9 @@ class ImageTokenizer(Tokenizer):
                 f"{self.name} always uses {self.max_tokens} tokens; for {num_tokens} take a variable-length tokenizer, "
                 "such as one-d-piece-tiny"
             )
+        if num_tokens not in self.lengths:
+            ends = ", ".join(map(str, self.lengths))
+            raise InvalidInput(f"{num_tokens} tokens end within a scale; whole scales of {self.name} end at {ends}")
 
     def check_ids(self, ids_BL: Tensor, lengths_B: Tensor | None = None) -> None:
         """Refuse ids of a wrong shape, dtype or range, and lengths that do not fit them."""
@@ -191,6 +219,8 @@ class ImageTokenizer(Tokenizer):
                 raise InvalidInput(
                     f"{self.name} always uses {self.max_tokens} tokens, got lengths {lengths_B.tolist()}"
                 )
+            for length in set(lengths_B.tolist()):
+                self.check_num_tokens(length)
 
     # Lengths: how many tokens each picture keeps.
 
@@ -212,8 +242,7 @@ class ImageTokenizer(Tokenizer):
         longest = self.max_tokens if num_tokens is None else num_tokens
         if max_bytes is None:
             return longest
-        shortest = 1 if self.is_variable_length else longest
-        lengths = range(shortest, longest + 1)
+        lengths = self.lengths[: bisect.bisect_right(self.lengths, longest)]
 
         def size(length: int) -> int:
             ids = torch.zeros(length * frame.num_tiles, dtype=torch.long)
@@ -221,7 +250,8 @@ class ImageTokenizer(Tokenizer):
 
         fitting = bisect.bisect_right(lengths, max_bytes, key=size)
         if fitting == 0:
-            raise InvalidInput(f"max_bytes={max_bytes} is too small: {self.name} needs at least {size(shortest)} bytes")
+            least = size(lengths[0])
+            raise InvalidInput(f"max_bytes={max_bytes} is too small: {self.name} needs at least {least} bytes")
         return lengths[fitting - 1]
 
     def _shortest_reaching(
@@ -234,11 +264,12 @@ class ImageTokenizer(Tokenizer):
         beat: Callable,
     ) -> list[int]:
         """Fewest tokens per picture that reach `target_psnr`, found by bisection: quality grows with length."""
-        low, high = torch.ones(len(longest), dtype=torch.long), torch.tensor(longest)
+        choices = torch.tensor(self.lengths)
+        low, high = torch.zeros(len(longest), dtype=torch.long), torch.searchsorted(choices, torch.tensor(longest))
         rows_per_picture = len(ids_RL) // len(longest)
         while bool((low < high).any()):
             middle = (low + high) // 2
-            lengths_R = middle.repeat_interleave(rows_per_picture)
+            lengths_R = choices[middle].repeat_interleave(rows_per_picture)
             errors = []
             for rows in torch.arange(len(ids_RL)).split(batch_size):
                 decoded = self._decode_rows(ids_RL[rows], lengths_R[rows])
@@ -249,14 +280,14 @@ class ImageTokenizer(Tokenizer):
             # `high` always holds a length that reaches the target, or the longest.
             high = torch.where(reached, middle.minimum(high), high)
             low = torch.where(reached, low, (middle + 1).minimum(high))
-        return high.tolist()
+        return choices[high].tolist()
 
     # Rows and tiles.
 
     def _prepare(self, image: Image.Image, tile: bool) -> tuple[Tensor, ImageFrame]:
         """The squares [R, 3, S, S] that stand for a picture, and its frame."""
         if not tile:
-            return to_pixels(fit_square(image, self.image_size))[None], ImageFrame(image.width, image.height)
+            return to_pixels(self.fit(image))[None], ImageFrame(image.width, image.height)
         grid = TileGrid.cover(image.width, image.height, self.image_size)
         return grid.split(to_pixels(image)), ImageFrame(image.width, image.height, grid.rows, grid.cols)
 
@@ -265,24 +296,40 @@ class ImageTokenizer(Tokenizer):
         ids = torch.nn.utils.rnn.pad_sequence(rows_ids, batch_first=True)
         return Tokens(
             ids=ids, lengths=lengths, tokenizer=self.name, fingerprint=self.fingerprint, vocab_size=self.vocab_size,
-            modality=self.modality, frames=tuple(frames), is_batch=is_batch,
+            modality=self.modality, frames=tuple(frames), is_batch=is_batch, scales=self.scales,
         )  # fmt: skip
 
-    def _decode_rows(self, ids_RL: Tensor, lengths_R: Tensor, texts: list[str] | None = None) -> Tensor:
+    def decoding_arguments(self, **options) -> dict:
+        """What `decode_ids` takes for the options of `decode`, checked; subclasses that have options say how."""
+        return {}
+
+    def _check_decoding_names(self, options: dict) -> None:
+        for name in options:
+            if name not in self.decoding_option_names:
+                known = ", ".join(self.decoding_option_names)
+                its = f"It has {known}.{nearest_names(name, self.decoding_option_names)}" if known else "It has none."
+                raise InvalidInput(f"{self.name} has no option {name!r} of decoding. {its}")
+
+    def _decode_rows(
+        self, ids_RL: Tensor, lengths_R: Tensor, texts: list[str] | None = None, arguments: dict | None = None
+    ) -> Tensor:
         """Pixels fp32 [R, 3, S, S] on the CPU, clamped to [0, 1]."""
         ids_RL = ids_RL[:, : int(lengths_R.max())].to(self.device)
         lengths = None if bool((lengths_R == ids_RL.shape[1]).all()) else lengths_R.to(self.device)
         text_features = {} if texts is None else {"text_BTE": self.encode_text(texts)}
-        return self.decode_ids(ids_RL, lengths, **text_features).clamp(0, 1).cpu()
+        return self.decode_ids(ids_RL, lengths, **text_features, **(arguments or {})).clamp(0, 1).cpu()
 
-    def _decode_tiles(self, tokens: Tokens, index: int, texts, batch_size: int, on_step, done: int) -> Tensor:
+    def _decode_tiles(
+        self, tokens: Tokens, index: int, texts, batch_size: int, on_step, done: int, arguments: dict
+    ) -> Tensor:
         frame = tokens.frames[index]
         grid = TileGrid.of_frame(frame, self.image_size)
         ids_RL = tokens.ids[index, : tokens.lengths[index]].view(grid.num_tiles, -1)
         canvas = grid.canvas()
         for rows in torch.arange(grid.num_tiles).split(batch_size):
             lengths_R = torch.full((len(rows),), ids_RL.shape[1])
-            pixels = self._decode_rows(ids_RL[rows], lengths_R, None if texts is None else texts * len(rows))
+            row_texts = None if texts is None else texts * len(rows)
+            pixels = self._decode_rows(ids_RL[rows], lengths_R, row_texts, arguments)
             canvas.paste(rows.tolist(), pixels)
             report(on_step, done, len(tokens))
         return canvas.picture()

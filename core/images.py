@@ -127,6 +127,46 @@ def fit_square(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
+def crop_square(
+    image: Image.Image, size: int, short_side: int | None = None, corner: tuple[int, int] | None = None
+) -> Image.Image:
+    """Halve by averages while that keeps twice `short_side`, resize the shorter edge to it (bicubic) and cut out a
+    square: the preprocessing of ADM (Dhariwal & Nichol 2021), which many generators train and evaluate with.
+
+    short_side: `size` unless given. corner: (top, left) of the square; the centre unless given.
+
+    Raises:
+        LimitExceeded: more than `MAX_ASPECT_RATIO` times as long as wide; the resized form would be huge.
+    """
+    short_side = size if short_side is None else short_side
+    short, long = sorted(image.size)
+    if long > MAX_ASPECT_RATIO * short:
+        raise LimitExceeded(
+            f"a picture of {image.width}x{image.height} pixels is more than {MAX_ASPECT_RATIO} times as long as wide; "
+            "crop it first"
+        )
+    while min(image.size) >= 2 * short_side:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = short_side / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    top, left = ((image.height - size) // 2, (image.width - size) // 2) if corner is None else corner
+    return image.crop((left, top, left + size, top + size))
+
+
+def pad_square(image: Image.Image, size: int) -> Image.Image:
+    """The whole picture in the middle of a grey square, resized to `size` (bicubic): the preprocessing of LLaVA.
+
+    Raises:
+        LimitExceeded: more than `MAX_ASPECT_RATIO` times as long as wide; the square would be huge.
+    """
+    short, long = sorted(image.size)
+    if long > MAX_ASPECT_RATIO * short or long**2 > MAX_IMAGE_PIXELS * 4:
+        raise LimitExceeded(f"a picture of {image.width}x{image.height} pixels is too long to be padded; crop it first")
+    square = Image.new("RGB", (long, long), (127, 127, 127))
+    square.paste(image, ((long - image.width) // 2, (long - image.height) // 2))
+    return square.resize((size, size), Image.Resampling.BICUBIC)
+
+
 def write_image(image: Image.Image, path: str | Path, text: Mapping[str, str] | None = None) -> None:
     """Write a picture, whole or not at all, in the format of its suffix: PNG, lossless WebP, BMP, JPEG quality 95.
 

@@ -14,8 +14,15 @@ from .errors import InvalidCheckpoint, InvalidInput, ModelNotFound, nearest_name
 PRETRAINED = Path(__file__).parent.parent / "pretrained"
 DTYPES = ("float32", "bfloat16")
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # as `save_pretrained` names them
-HUB_PATTERNS = ["*.json", "*.yaml", "*.yml", "*.safetensors", "*.bin", "*.ckpt", "*.pt", "*.pb", "*.mvn", "tokens.txt"]
-CACHED_FILES = ("model.safetensors", "pytorch_model.bin", "gense.yaml", "am.mvn")  # one of them tells a whole download
+TEXT_FILES = ("tokenizer.json", "tokenizer.model")  # of models that read text with a tokenizer in their folder
+HUB_PATTERNS = [
+    "*.json", "*.yaml", "*.yml", "*.safetensors", "*.bin", "*.ckpt", "*.pt", "*.pb", "*.mvn", "*.model", "tokens.txt"
+]  # fmt: skip
+# One of them tells a whole download.
+CACHED_FILES = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "gense.yaml", "am.mvn",
+    "seed_quantizer.pt",
+)  # fmt: skip
 
 # Class name in our config.json -> module below the package.
 CLASSES = {
@@ -23,9 +30,15 @@ CLASSES = {
     "OneDPiece": "tokenizers.image.one_d_piece",
     "MaskGitVQGAN": "tokenizers.image.maskgit_vqgan",
     "KLAutoencoder": "tokenizers.image.kl_vae",
+    "FlexTok": "tokenizers.image.flextok",
+    "TokenFlow": "tokenizers.image.tokenflow",
+    "Seed": "tokenizers.image.seed",
     "MaskGIT": "generators.maskgit",
     "XAR": "generators.xar",
     "NextScale": "generators.next_scale",
+    "NextToken": "generators.next_token",
+    "NextScaleLlama": "generators.next_scale_llama",
+    "SeedLLaMA": "generators.seed_llama",
     "VAT": "tokenizers.shape.vat",
     "SemanticTokenizer": "tokenizers.speech.semantic",
     "SimCodec": "tokenizers.speech.simcodec",
@@ -114,7 +127,7 @@ ENTRIES = {
             kind="generator", modality="speech",
         ),
         ModelEntry(
-            "gense-tiny", "GenSE", "Apache-2.0", 3_437_280, "takes noise off speech, and loses words; one voice",
+            "gense-tiny", "GenSE", "Apache-2.0", 3_437_280, "takes noise off speech; one Russian voice",
             kind="generator", modality="speech",
         ),
         ModelEntry(
@@ -153,6 +166,27 @@ ENTRIES = {
         ModelEntry(
             "kl16", "KLAutoencoder", "unspecified", 66_456_019, "256 px, continuous 16x16x16 latents (xAR's, of MAR)",
             elsewhere="kl16.ckpt is behind the link in the download script of github.com/LTH14/mar",
+        ),
+        *(
+            ModelEntry(
+                f"flextok-{name}", "FlexTok", "Apple Machine Learning Research Model", parameters,
+                f"256 px, 1 to 256 tokens of 64,000 codes, flow decoder; trained on {data}",
+                hub_id=f"EPFL-VILAB/flextok_{name.replace('-', '_')}",
+            )
+            for name, data, parameters in (
+                ("d12-d12-in1k", "ImageNet", 341_651_737), ("d18-d18-in1k", "ImageNet", 949_734_553),
+                ("d18-d28-in1k", "ImageNet", 2_540_882_841), ("d18-d28-dfn", "DFN", 2_540_882_841),
+            )
+        ),
+        ModelEntry(
+            "tokenflow-b", "TokenFlow", "MIT", 376_569_643,
+            "256 px, 817 tokens over 9 scales, semantic and pixel codes, enhanced decoder; authors' rFID 1.37",
+            hub_id="ByteFlow-AI/TokenFlow", hub_file="tokenflow_clipb_32k_enhanced.pt",
+        ),
+        ModelEntry(
+            "tokenflow-xl", "TokenFlow", "MIT", 523_529_803,
+            "384 px, 2227 tokens over 15 scales, semantic and pixel codes; authors' rFID 0.63",
+            hub_id="ByteFlow-AI/TokenFlow", hub_file="tokenflow_siglip_32k.pt",
         ),
         *(
             ModelEntry(
@@ -237,6 +271,35 @@ ENTRIES = {
                 hub_id=f"turing-motors/MaskGIT_One-D-Piece-{size}-256", kind="generator",
             )
             for size, fid in (("S", "2.67"), ("B", "2.70"), ("L", "2.35"))
+        ),
+        ModelEntry(
+            "seed-2", "Seed", "Apache-2.0", 1_150_053_440,
+            "224 px to 32 ids that tell what a picture shows; vision tower (BSD-3) and image decoder come apart",
+            hub_id="AILab-CVC/seed-tokenizer-2",
+        ),
+        *(
+            ModelEntry(
+                f"seed-llama-{size}-{stage}", "SeedLLaMA", "Llama 2", parameters,
+                f"reads and writes texts with pictures over seed-2{', instructed' if stage == 'sft' else ''}",
+                hub_id=f"AILab-CVC/seed-llama-{size}-{stage}", kind="generator",
+            )
+            for size, parameters in (("8b", 6_805_540_864), ("14b", 13_099_770_880)) for stage in ("pretrain", "sft")
+        ),
+        ModelEntry(
+            "tokenflow-t2i", "NextScaleLlama", "Apache-2.0", 7_027_204_096,
+            "text to 256 px, whole scales over tokenflow-b; authors' GenEval 0.55",
+            hub_id="ByteFlow-AI/TokenFlow-t2i", kind="generator",
+        ),
+        *(
+            ModelEntry(
+                f"flexar-{size.lower()}-{kind.lower()}", "NextToken", "unspecified", parameters,
+                f"{'text' if kind == 'T2I' else 'ImageNet classes'} to 1 to 256 FlexTok tokens; sizes partly assumed",
+                hub_id=f"EPFL-VILAB/FlexAR-{size}-{kind}", kind="generator",
+            )
+            for size, kind, parameters in (
+                ("113M", "T2I", 217_546_240), ("382M", "T2I", 536_579_584), ("1B", "T2I", 1_372_977_408),
+                ("3B", "T2I", 3_362_324_992), ("1B", "C2I", 1_079_029_120),
+            )
         ),
         *(
             ModelEntry(
@@ -342,7 +405,7 @@ def load(name_or_path: str | Path, *, device: str | None = None, dtype: str = "f
 
 
 def _load_path(path: Path, entry: ModelEntry | None = None):
-    if path.is_dir() and (path / "config.json").is_file() and "_class_name" in _read_config(path):
+    if path.is_dir() and (path / "config.json").is_file() and _names_our_class(path):
         return _load_folder(path)
     from ..convert import load_official
 
@@ -364,7 +427,16 @@ def _load_folder(folder: Path):
         weights = read_state_dict(inside(folder, index if (folder / index).is_file() else WEIGHTS))
     model = build(cls, {key: value for key, value in config.items() if not key.startswith("_")}, weights)
     model.name = folder.resolve().name
+    if hasattr(model, "use_text") and any((folder / file).is_file() for file in TEXT_FILES):
+        model.use_text(folder)
     return model
+
+
+def _names_our_class(folder: Path) -> bool:
+    """Whether a folder's config.json is ours, by its `_class_name`; what else it says is checked when it is read."""
+    from .weights import MAX_CONFIG_BYTES, inside, read_json
+
+    return "_class_name" in read_json(inside(folder, "config.json"), MAX_CONFIG_BYTES)
 
 
 def _read_config(folder: Path) -> dict:

@@ -12,6 +12,7 @@ import re
 import stat
 import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ MAX_INDEX_BYTES = 16 * 1024 * 1024
 MAX_HEADER_BYTES = 16 * 1024 * 1024  # the largest released checkpoint needs about 0.1 MB
 MAX_CONFIG_DEPTH = 32
 # Where training scripts put the weights, best first.
-NESTED = ("model_ema", "model", "state_dict", "model_state_dict", "model_state")
+NESTED = ("model_ema", "ema", "model", "state_dict", "model_state_dict", "model_state")
 NUMBER_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32)
 
 # Keys by which loaders of other libraries build what a file names (hydra, jsonargparse, transformers, diffusers,
@@ -156,8 +157,10 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
+def read_config(path: str | Path, names: Callable[[str], bool] | None = None) -> dict[str, Any]:
     """Read a JSON or YAML config as plain data: a dict of dicts, lists, text, numbers, booleans and None.
+
+    names: says of which known names of classes `_target_` may stand in it, as text: some authors' configs name theirs.
 
     Raises ModelNotFound when it is not there; InvalidCheckpoint when it is malformed, has duplicate keys, YAML
     aliases or tags, or a key by which other libraries import code (`_target_`, `class_path`, `auto_map`, ...).
@@ -169,12 +172,17 @@ def read_config(path: str | Path) -> dict[str, Any]:
         config = _read_yaml(path)
     else:
         raise InvalidCheckpoint(f"{path} is no config; known endings are .json, .yaml and .yml")
-    check_plain(config, str(path))
+    check_plain(config, str(path), names=names)
     return config
 
 
-def check_plain(value: Any, source: str, at: str = "", depth: int = 0) -> None:
-    """Raise InvalidCheckpoint unless `value` is plain data whose keys name no code; `at` is the key path so far."""
+def check_plain(
+    value: Any, source: str, at: str = "", depth: int = 0, names: Callable[[str], bool] | None = None
+) -> None:
+    """Raise InvalidCheckpoint unless `value` is plain data whose keys name no code; `at` is the key path so far.
+
+    names: see `read_config`.
+    """
     if depth > MAX_CONFIG_DEPTH:
         raise InvalidCheckpoint(f"{source} is nested deeper than {MAX_CONFIG_DEPTH} levels")
     if isinstance(value, dict):
@@ -182,14 +190,25 @@ def check_plain(value: Any, source: str, at: str = "", depth: int = 0) -> None:
             where = f"{at}.{key}" if at else str(key)
             if not isinstance(key, str):
                 raise InvalidCheckpoint(f"{source}: key {where!r} is not text")
-            if CODE_KEY.fullmatch(key):
-                raise InvalidCheckpoint(f"{source}: {where!r} names code to import; configs are read as data only")
-            check_plain(child, source, where, depth + 1)
+            if CODE_KEY.fullmatch(key) and not _is_known_name(key, child, names):
+                named = f" ({child[:80]!r})" if names is not None and isinstance(child, str) else ""
+                raise InvalidCheckpoint(
+                    f"{source}: {where!r} names code to import{named}; configs are read as data only"
+                )
+            check_plain(child, source, where, depth + 1, names)
     elif isinstance(value, list):
         for i, child in enumerate(value):
-            check_plain(child, source, f"{at}[{i}]", depth + 1)
+            check_plain(child, source, f"{at}[{i}]", depth + 1, names)
     elif not isinstance(value, str | int | float | bool | None):
         raise InvalidCheckpoint(f"{source}: {at!r} is a {type(value).__name__}, not a plain value")
+
+
+def _is_known_name(key: str, value: Any, names: Callable[[str], bool] | None) -> bool:
+    if names is None:
+        return False
+    if key == "_partial_":  # "not to be called yet"
+        return isinstance(value, bool)
+    return key == "_target_" and isinstance(value, str) and names(value)
 
 
 def read_json(path: Path, limit_bytes: int) -> dict[str, Any]:

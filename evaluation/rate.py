@@ -46,9 +46,10 @@ class RatePoint:
 
 
 def default_lengths(tokenizer) -> list[int]:
-    """The lengths that a curve shows by default: powers of two and the full length; only the latter if it is fixed."""
-    if not tokenizer.is_variable_length:
-        return [tokenizer.max_tokens]
+    """The lengths that a curve shows by default: powers of two and the full length, or every whole number of scales;
+    one where the length is fixed."""
+    if tokenizer.scales or not tokenizer.is_variable_length:
+        return list(tokenizer.lengths)
     powers = [2**k for k in range(tokenizer.max_tokens.bit_length()) if 2**k < tokenizer.max_tokens]
     return [*powers, tokenizer.max_tokens]
 
@@ -56,7 +57,7 @@ def default_lengths(tokenizer) -> list[int]:
 def reference_image(tokenizer, image, *, tile: bool = False) -> Image.Image:
     """The picture that every curve is measured on: the tokenizer's square input, or the whole picture with `tile`."""
     picture = read_image(image)
-    return picture if tile else fit_square(picture, tokenizer.image_size)
+    return picture if tile else tokenizer.fit(picture)
 
 
 def rate_curve(

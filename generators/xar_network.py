@@ -16,21 +16,10 @@ from torch import Tensor, nn
 from ..kernels.attention import attention
 from ..kernels.precision import compute_dtype
 from ..nn.kv_cache import KeyValueCache
-from ..nn.layers import Linear, widened
+from ..nn.layers import Linear, rms_norm, widened
 
-EPS = 1e-6
 TIME_FEATURES = 256
 NUM_MODULATIONS = 6  # gate, gate, scale, scale, shift, shift; the first of each pair is attention's
-
-
-def rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
-    """x / rms(x), with the mean taken in fp32 (fp64 for fp64), times `weight` if there is one."""
-    if x.device.type == "cpu":  # one pass over x, where F.rms_norm makes five
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-        normed = x * torch.rsqrt(norm.square() / x.shape[-1] + EPS).to(x.dtype)
-    else:
-        normed = F.rms_norm(x.float(), x.shape[-1:], eps=EPS).to(x.dtype)
-    return normed if weight is None else normed * widened(weight, x)
 
 
 def rotate(x_RLHK: Tensor, rotary_2LK: Tensor) -> Tensor:

@@ -21,13 +21,15 @@ def attention(
 ) -> Tensor:
     """softmax(q k^T / sqrt(D)) v as [B, H, L, D], in the dtype of q.
 
-    mask: bool, broadcast against [B, H, L, T]; True where a query may look. dropout: of the probabilities.
+    mask: broadcast against [B, H, L, T]: bool, True where a query may look; or what is added to the scores, in the
+    dtype of q. dropout: of the probabilities.
     """
     if not _products_are_faster(q_BHLD, k_BHTD):
         return F.scaled_dot_product_attention(q_BHLD, k_BHTD, v_BHTD, attn_mask=mask, dropout_p=dropout)
     scores_BHLT = (q_BHLD * q_BHLD.shape[-1] ** -0.5) @ k_BHTD.transpose(-1, -2)
     if mask is not None:
-        scores_BHLT = scores_BHLT.masked_fill(~mask, float("-inf"))
+        is_bool = mask.dtype == torch.bool
+        scores_BHLT = scores_BHLT.masked_fill(~mask, float("-inf")) if is_bool else scores_BHLT + mask
     return F.dropout(scores_BHLT.softmax(dim=-1), dropout) @ v_BHTD
 
 

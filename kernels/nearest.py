@@ -98,15 +98,41 @@ def _tolerance(z_ND: Tensor, code_norm_K: Tensor, unit_roundoff: float) -> Tenso
     return torch.where(magnitude_N < 1e38, 2 * score_error_N + reference_error_N, torch.inf)
 
 
+class Codebook:
+    """Codes [K >= 1, D] that several searches share: what depends on them alone is computed once. No gradient.
+
+    For inference: unlike `nearest_code`, it is no operation of torch's own.
+    """
+
+    def __init__(self, codebook_KD: Tensor):
+        _check(codebook_KD[:0], codebook_KD)
+        self.codes_KD = codebook_KD.detach().float().contiguous()
+        self._prepared = _augmented(self.codes_KD) if self.codes_KD.device.type == "cpu" else None
+
+    def nearest(self, z_ND: Tensor) -> Tensor:
+        """`nearest_code` among these codes."""
+        if self._prepared is None:
+            return nearest_code(z_ND, self.codes_KD)
+        _check(z_ND, self.codes_KD)
+        return _search(z_ND.detach().float().contiguous(), self.codes_KD, *self._prepared)
+
+
 @torch.library.custom_op("mediatok::nearest_code", mutates_args=())
 def _nearest_code(z_ND: Tensor, codebook_KD: Tensor) -> Tensor:
     """The CPU path; any other device without a path of its own borrows it."""
     device = z_ND.device
     z_ND, codebook_KD = z_ND.cpu(), codebook_KD.cpu()
-    num_rows, num_codes = z_ND.shape[0], codebook_KD.shape[0]
-    # One matrix product gives the whole score: [z, 1] . [-2 e, ||e||^2].
+    return _search(z_ND, codebook_KD, *_augmented(codebook_KD)).to(device)
+
+
+def _augmented(codebook_KD: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes [D + 1, K] by which one matrix product gives the whole score, [z, 1] . [-2 e, ||e||^2], and ||e|| fp64."""
     code_norm_K = torch.linalg.vector_norm(codebook_KD, dim=1, dtype=torch.float64)
-    augmented_codes = torch.cat([-2 * codebook_KD, code_norm_K.square().float()[:, None]], dim=1).T
+    return torch.cat([-2 * codebook_KD, code_norm_K.square().float()[:, None]], dim=1).T, code_norm_K
+
+
+def _search(z_ND: Tensor, codebook_KD: Tensor, augmented_codes: Tensor, code_norm_K: Tensor) -> Tensor:
+    num_rows, num_codes = z_ND.shape[0], codebook_KD.shape[0]
     augmented_rows = F.pad(z_ND, (0, 1), value=1.0)
     is_exact_matmul = torch.backends.mkldnn.matmul.fp32_precision not in ("bf16", "tf32")  # global user settings
     tolerance_N = _tolerance(z_ND, code_norm_K, 2.0**-24 if is_exact_matmul else 2.0**-6)
@@ -122,7 +148,7 @@ def _nearest_code(z_ND: Tensor, codebook_KD: Tensor) -> Tensor:
         row_P, code_P = _candidates(scores_RK.unflatten(1, (CODES_PER_GROUP, num_groups)), tolerance_N[rows], num_codes)
         only_one_each = row_P.shape[0] == scores_RK.shape[0]
         ids_N[rows] = code_P if only_one_each else _resolve(z_ND[rows], codebook_KD, row_P, code_P)
-    return ids_N.to(device)
+    return ids_N
 
 
 def _candidates(scores_RCG: Tensor, tolerance_R: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:

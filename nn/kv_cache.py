@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -35,3 +38,16 @@ class KeyValueCache:
         self.keys[layer, :rows, :, self.length : end] = k_RHLK
         self.values[layer, :rows, :, self.length : end] = v_RHLK
         return self.keys[layer, :rows, :, :end], self.values[layer, :rows, :, :end]
+
+    @contextmanager
+    def kept(self, start: int) -> Iterator[None]:
+        """Within this, tokens from `start` on may be computed anew for once; behind it, all is as it was before."""
+        length = self.length
+        saved = [part[..., start:length, :].clone() for part in (self.keys, self.values)]
+        self.length = start
+        try:
+            yield
+        finally:
+            for part, value in zip((self.keys, self.values), saved, strict=True):
+                part[..., start:length, :] = value
+            self.length = length

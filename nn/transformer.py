@@ -47,17 +47,29 @@ class Attention(nn.Module):
         return self.out_proj(rearrange(y_BHLD, "b h l d -> b l (h d)"))
 
 
-class ResidualAttentionBlock(nn.Module):
-    """x = x + MHA(LN(x)); x = x + MLP(LN(x)), with exact GELU and an MLP four times as wide."""
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), the approximation that OpenAI's CLIP was trained with."""
 
-    def __init__(self, width: int, num_heads: int):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class ResidualAttentionBlock(nn.Module):
+    """x = x + MHA(LN(x)); x = x + MLP(LN(x)).
+
+    eps: of the norms. hidden: of the MLP, four times the width unless given. gelu: its activation, exact GELU unless
+    given.
+    """
+
+    def __init__(
+        self, width: int, num_heads: int, eps: float = 1e-5, hidden: int | None = None, gelu: nn.Module | None = None
+    ):
         super().__init__()
-        self.ln_1 = LayerNorm(width)
+        hidden, gelu = hidden or 4 * width, gelu or nn.GELU()
+        self.ln_1 = LayerNorm(width, eps=eps)
         self.attn = Attention(width, num_heads)
-        self.ln_2 = LayerNorm(width)
-        self.mlp = nn.Sequential(
-            OrderedDict(c_fc=Linear(width, 4 * width), gelu=nn.GELU(), c_proj=Linear(4 * width, width))
-        )
+        self.ln_2 = LayerNorm(width, eps=eps)
+        self.mlp = nn.Sequential(OrderedDict(c_fc=Linear(width, hidden), gelu=gelu, c_proj=Linear(hidden, width)))
 
     def forward(self, x_BLW: Tensor, keep: slice | None = None, visible_BL: Tensor | None = None) -> Tensor:
         """Return all positions, or only those in `keep`: the last block need not compute what nobody reads."""

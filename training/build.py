@@ -84,18 +84,23 @@ def load_vqgan(recipe: ModelRecipe):
     return vqgan.requires_grad_(False).eval()
 
 
-def _fresh_config(recipe: ModelRecipe) -> dict:
-    config: dict = {}
-    if recipe.like is not None:
-        entry = find_entry(recipe.like)
-        if entry is None or entry.class_name != recipe.class_name:
-            from ..core.registry import ENTRIES
+def sizes_like(recipe) -> dict:
+    """Arguments of the model that `recipe.like` names; none where it names none."""
+    if recipe.like is None:
+        return {}
+    entry = find_entry(recipe.like)
+    if entry is None or entry.class_name != recipe.class_name:
+        from ..core.registry import ENTRIES
 
-            names = [name for name, known in ENTRIES.items() if known.class_name == recipe.class_name]
-            raise InvalidRecipe(
-                f"model.like {recipe.like!r} is not a known {recipe.class_name}.{nearest_names(recipe.like, names)}"
-            )
-        config |= constructor_arguments(entry)
+        names = [name for name, known in ENTRIES.items() if known.class_name == recipe.class_name]
+        raise InvalidRecipe(
+            f"model.like {recipe.like!r} is not a known {recipe.class_name}.{nearest_names(recipe.like, names)}"
+        )
+    return dict(constructor_arguments(entry))
+
+
+def _fresh_config(recipe: ModelRecipe) -> dict:
+    config = sizes_like(recipe)
     if recipe.class_name != "KLAutoencoder":
         config |= {"is_legacy": recipe.stage != "single", "has_pixel_decoder": recipe.stage == "2"}
     return config | recipe.config

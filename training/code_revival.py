@@ -99,6 +99,14 @@ def residuals(quantize: GroupedResidualVQ, latent_NC: Tensor, ids_NQ: Tensor) ->
     return parts
 
 
+@torch.no_grad()
+def place_centres(codebook_KC: Tensor, vectors_NC: Tensor, generator: torch.Generator) -> None:
+    """Put the codes of one codebook where k-means over `vectors_NC` finds centres; see `place_codes`."""
+    centres_KC = _kmeans(vectors_NC.float().contiguous(), len(codebook_KC), generator)
+    _from_first_process(centres_KC)
+    codebook_KC.copy_(centres_KC)
+
+
 def _kmeans(points_NC: Tensor, num_codes: int, generator: torch.Generator) -> Tensor:
     """Lloyd's iteration from random points; a centre that loses all its points starts anew at a random one."""
 

@@ -57,11 +57,14 @@ def export_run(run: str | Path, out: str | Path, dtype: str | None = None) -> Pa
     """
     from .build import build_model, construct
     from .codec_recipe import CODECS, CodecRecipe
+    from .flextok_recipe import FlexTokRecipe
     from .generator import build_generator
     from .generator_recipe import GENERATORS, GeneratorRecipe
+    from .seed_recipe import PARTS, SeedRecipe
     from .shape_recipe import SHAPE_TOKENIZERS, ShapeRecipe
     from .speech import trainer_class
     from .speech_recipe import SCHEMAS
+    from .tokenflow_recipe import TokenFlowRecipe
 
     checkpoints = whole_checkpoints(Path(run) / "checkpoints")
     if not checkpoints:
@@ -75,9 +78,18 @@ def export_run(run: str | Path, out: str | Path, dtype: str | None = None) -> Pa
         recipe = check_recipe(state["recipe"], CodecRecipe)
         model = construct(class_name, state["model_config"])
         model.set_weight_norm(recipe.model.weight_norm)
+    elif class_name == "FlexTok":
+        recipe, part = check_recipe(state["recipe"], FlexTokRecipe), "tokenizer"
+        model = construct(class_name, state["model_config"])
+    elif class_name == "TokenFlow":
+        recipe = check_recipe(state["recipe"], TokenFlowRecipe)
+        model = construct(class_name, state["model_config"])
     elif class_name in SHAPE_TOKENIZERS:
         recipe = check_recipe(state["recipe"], ShapeRecipe)
         model = construct(class_name, state["model_config"])
+    elif class_name == "Seed":
+        recipe = check_recipe(state["recipe"], SeedRecipe)
+        model, part = construct(class_name, state["model_config"]), PARTS[recipe.model.stage]
     elif class_name in SCHEMAS:
         recipe, part = check_recipe(state["recipe"], SCHEMAS[class_name]), trainer_class(class_name).exported_part
         model = construct(class_name, state["model_config"])

@@ -1,6 +1,7 @@
 """Train a generator: `accelerate launch -m mediatok.training.generator RECIPE.yaml [section.key=value ...]`.
 
-MaskGIT and xAR alike: the tokenizer's content of a picture and a label go in, the model's `forward` gives the loss.
+MaskGIT, xAR and next-token generators alike: the tokenizer's content of a picture and a label go in, the model's
+`forward` gives the loss.
 Next-scale generators of shapes (`next_scale_training.py`) share all but the data.
 
 Shape suffixes: B batch.
@@ -17,6 +18,8 @@ from torch import Tensor
 from ..core.errors import InvalidRecipe, TokenizerMismatch, nearest_names
 from ..core.images import to_pixels
 from ..core.registry import ENTRIES, constructor_arguments, find_entry, load
+from ..generators.text_pieces import pieces_of
+from ..nn.shared_mapping_vq import SharedMappingQuantizer
 from .build import config_of, construct
 from .data import derived_seed
 from .generator_data import (
@@ -87,8 +90,16 @@ class GeneratorTrainer(Trainer):
         seed = derived_seed(self.recipe.run.seed, self.step, self.accelerator.process_index, micro)
         rng = torch.Generator().manual_seed(seed)
         content = to_content(stored.to(self.device), self.tokenizer, rng)
-        output = self.model(content, labels_B.to(self.device), rng)
+        output = self.model(content, self.condition(labels_B.to(self.device)), rng)
         return output.loss, output.metrics | {"total_loss": output.loss.detach()}
+
+    def condition(self, labels_B: Tensor) -> Tensor:
+        """What the model reads of class numbers."""
+        return labels_B
+
+    def shown_labels(self, number: int) -> list:
+        """What the first `number` pictures of the log are asked for by."""
+        return [*range(number)]
 
     def validate(self, model: torch.nn.Module) -> dict[str, float]:
         """The loss on held-out pictures; noise and masks are the same each time."""
@@ -97,7 +108,7 @@ class GeneratorTrainer(Trainer):
         size = self.recipe.run.batch_size
         for stored, labels_B in zip(self.val_stored.split(size), self.val_labels.split(size), strict=True):
             content = to_content(stored.to(self.device), self.tokenizer, rng)
-            output = model(content, labels_B.to(self.device), rng)
+            output = model(content, self.condition(labels_B.to(self.device)), rng)
             for name, value in (output.metrics | {"loss": output.loss}).items():
                 totals[name] = totals.get(name, 0.0) + float(value) * len(stored) / len(self.val_stored)
         return {f"val_{name}": value for name, value in totals.items()}
@@ -105,7 +116,7 @@ class GeneratorTrainer(Trainer):
     def show_samples(self, model: torch.nn.Module, tracker: Tracker) -> None:
         """One column for each of the first classes, two seeds."""
         columns = min(self.recipe.run.num_samples, len(self.folder.labels.names))
-        images = model.generate([*range(columns)] * 2, seed=0)
+        images = model.generate(self.shown_labels(columns) * 2, seed=0)
         pixels = torch.stack([to_pixels(image) for image in images])
         tracker.grid(self.step, pixels.unflatten(0, (2, columns)))
 
@@ -118,10 +129,22 @@ def what_follows(tokenizer, recipe: GeneratorRecipe, names: list[str]) -> dict:
         "tokenizer": recipe.tokenizer,
         "tokenizer_fingerprint": tokenizer.fingerprint,
     }
+    if recipe.model.class_name == "NextScaleLlama":
+        if not isinstance(getattr(tokenizer, "quantize", None), SharedMappingQuantizer):
+            raise InvalidRecipe(f"tokenizer {recipe.tokenizer} is no TokenFlow, whose ids NextScaleLlama writes")
+        return {
+            "sides": tuple(tokenizer.config.sides), "codebook_size": tokenizer.vocab_size,
+            "code_width": tokenizer.quantize.code_width, "text_pieces": pieces_of(names),
+            "tokenizer": recipe.tokenizer, "tokenizer_fingerprint": tokenizer.fingerprint,
+        }  # fmt: skip
     if recipe.model.class_name == "MaskGIT":
         if tokenizer.is_continuous:
             raise InvalidRecipe(f"tokenizer {recipe.tokenizer} has continuous latents; MaskGIT needs tokens")
         return facts | {"codebook_size": tokenizer.vocab_size, "num_tokens": tokenizer.max_tokens}
+    if recipe.model.class_name == "NextToken":
+        if tokenizer.is_continuous:
+            raise InvalidRecipe(f"tokenizer {recipe.tokenizer} has continuous latents; NextToken needs tokens")
+        return facts | {"vocab_size": tokenizer.vocab_size, "num_tokens": tokenizer.max_tokens}
     if getattr(tokenizer, "latent_shape", None) is None:
         raise InvalidRecipe(f"tokenizer {recipe.tokenizer} has no latent map; xAR needs a KL autoencoder")
     channels, grid, _ = tokenizer.latent_shape
@@ -191,6 +214,10 @@ def generator_trainer(recipe: GeneratorRecipe) -> GeneratorTrainer:
         from .next_scale_training import NextScaleTrainer  # builds on this module
 
         return NextScaleTrainer(recipe)
+    if recipe.model.class_name == "NextScaleLlama":
+        from .text_to_image import TextToImageTrainer  # builds on this module
+
+        return TextToImageTrainer(recipe)
     return GeneratorTrainer(recipe)
 
 

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from .recipe import DataRecipe, OptimizerRecipe, RunRecipe, Section, Weight, load_recipe, read_recipe
 
-GENERATORS = ("MaskGIT", "XAR", "NextScale")
+GENERATORS = ("MaskGIT", "XAR", "NextToken", "NextScale", "NextScaleLlama")
 
 
 class GeneratorOptimizerRecipe(OptimizerRecipe):
@@ -27,7 +27,7 @@ class GeneratorModelRecipe(Section):
     near_codes: MaskGIT's `train_with_near_codes` with this temperature; None for hard targets.
     """
 
-    class_name: Literal["MaskGIT", "XAR"]
+    class_name: Literal["MaskGIT", "XAR", "NextToken", "NextScaleLlama"]
     like: str | None = None
     config: dict[str, Any] = {}  # noqa: RUF012
     init_from: Path | None = None

@@ -67,8 +67,11 @@ class DiscriminatorLoss(nn.Module):
         """`factor` scales the hinge part (the recipe's `discriminator_factor` when None; 0 leaves LeCAM alone)."""
         recipe = self.recipe
         factor = recipe.discriminator_factor if factor is None else factor
-        real_logits, fake_logits = discriminator(torch.cat([real_B3HW, fake_B3HW.detach()])).chunk(2)
-        hinge = 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
+        if any(isinstance(module, nn.BatchNorm2d) for module in discriminator.modules()):  # it sees them apart
+            real_logits, fake_logits = discriminator(real_B3HW), discriminator(fake_B3HW.detach())
+        else:
+            real_logits, fake_logits = discriminator(torch.cat([real_B3HW, fake_B3HW.detach()])).chunk(2)
+        hinge = hinge_loss(real_logits, fake_logits)
         real_mean, fake_mean = _mean_over_processes(real_logits.mean()), _mean_over_processes(fake_logits.mean())
         total, lecam = factor * hinge, torch.zeros_like(hinge)
         if recipe.lecam_weight:
@@ -88,6 +91,11 @@ class DiscriminatorLoss(nn.Module):
             "logits_fake": fake_mean,
         }
         return total, {name: value.detach() for name, value in metrics.items()}
+
+
+def hinge_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """What a discriminator minimises (Lim & Ye 2017): 0-d."""
+    return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
 
 
 def proxy_code_loss(output: TokenizerOutput, codes_BP: Tensor, quantizer_weight: float = 1.0) -> tuple[Tensor, Metrics]:

@@ -30,7 +30,7 @@ def measure(model, vqgan, pixels_V3HW: Tensor, captions: list[str], batch_size: 
     """PSNR in dB (mean over uint8 pictures), at several lengths where the model has them, and its use of codes."""
     lengths: list[int | None] = [None]
     if model.is_variable_length:
-        lengths = [*dict.fromkeys(max(1, model.max_tokens // part) for part in PREFIXES), None]
+        lengths = [*dict.fromkeys(model.longest_within(model.max_tokens // part) for part in PREFIXES), None]
     values, ids = {}, []
     for length in lengths:
         psnrs = []

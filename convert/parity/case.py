@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...core.errors import InvalidCheckpoint, InvalidInput
 from ...core.weights import read_config, read_state_dict
+from ..flextok import is_known_name
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def read_case(folder: str | Path) -> Case:
         if not (folder / file).is_file():
             raise InvalidInput(f"{folder} is not a parity case: it has no {file}")
     try:
-        config = read_config(folder / "config.json")
+        config = read_config(folder / "config.json", is_known_name)
         io = read_state_dict(folder / "io.safetensors", numbers_only=False)
     except InvalidCheckpoint as error:
         raise InvalidInput(f"{folder} is not a readable parity case: {error}") from None

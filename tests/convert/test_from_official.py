@@ -69,7 +69,9 @@ def test_the_unreleased_discriminator():
 
 def test_every_released_model_has_a_manifest():
     entries = [entry for entry in mt.models() if entry.modality == "image" and entry.kind == "tokenizer"]
-    released = {entry.name for entry in entries if not entry.is_shipped}
+    # Those of later systems are compared with a digest in their own tests.
+    own = ("FlexTok", "Seed", "TokenFlow")
+    released = {entry.name for entry in entries if not entry.is_shipped and entry.class_name not in own}
     assert released == {model_name(path) for path in MANIFESTS} | {"kl16"}
 
 

@@ -32,10 +32,14 @@ def test_recorded_case(case):
 
 
 # Their recordings are left out, to keep the repository small; cases of these kinds are made below and in
-# test_new_generator_cases.py, and share most of their code with the kinds that are here.
+# the files test_new_*_cases.py, and share most of their code with the kinds that are here.
 LEFT_OUT = {
     ("titok", "losses_single_stage_vae"), ("one_d_piece", "stage1_train"),
-    ("maskgit", "uvit_train"), ("gense", "wavlm"),
+    ("maskgit", "uvit"), ("maskgit", "uvit_train"), ("maskgit", "end_to_end"), ("xar", "training_loss"),
+    ("gense", "wavlm"), ("gense", "pipeline"), ("paraformer", "seaco"),
+    ("seed", "tokenizer"), ("seed", "train_stage1_itc"), ("seed", "train_stage2"),
+    ("flextok", "vae"), ("flextok", "resampler"), ("flextok", "full"), ("flextok", "ar_text"),
+    ("tokenflow", "tokenizer"), ("tokenflow", "msvq"), ("tokenflow", "t2i"),
 }  # fmt: skip
 
 

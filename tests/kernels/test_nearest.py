@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mediatok.core.errors import InvalidInput
 from mediatok.kernels import nearest
-from mediatok.kernels.nearest import nearest_code, reference, straight_through
+from mediatok.kernels.nearest import Codebook, nearest_code, reference, straight_through
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 SHAPES = [(0, 5, 3), (1, 1, 1), (9, 1, 4), (33, 70, 1), (77, 33, 5), (130, 1000, 12), (65, 2100, 64), (40, 100, 300)]
@@ -185,3 +185,16 @@ def test_triton_kernels_compile_without_a_gpu(capability, tmp_path, monkeypatch)
         compiled[kernel] = triton.compile(source, target=target, options={"enable_fp_fusion": False})
         assert compiled[kernel].asm["cubin"]
     assert "fma.rn.f64" not in compiled[nearest._resolve_kernel].asm["ptx"]  # would round differently
+
+
+def test_a_codebook_for_several_searches_gives_the_same_ids():
+    rng = torch.Generator().manual_seed(0)
+    codes = torch.randn(70, 5, generator=rng)
+    codebook = Codebook(codes)
+    for rows in (0, 1, 33):
+        z = torch.randn(rows, 5, generator=rng)
+        assert torch.equal(codebook.nearest(z), nearest_code(z, codes))
+    with pytest.raises(InvalidInput):
+        codebook.nearest(torch.zeros(2, 4))
+    with pytest.raises(InvalidInput):
+        Codebook(torch.zeros(0, 4))

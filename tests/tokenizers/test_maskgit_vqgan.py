@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from mediatok.core.errors import InvalidInput
 from mediatok.kernels import precision
-from mediatok.tokenizers.image import maskgit_vqgan
-from mediatok.tokenizers.image.maskgit_vqgan import MaskGitVQGAN, UpsampleConv, VQGANDecoder
+from mediatok.nn import conv_blocks
+from mediatok.nn.conv_blocks import UpsampleConv
+from mediatok.tokenizers.image.maskgit_vqgan import MaskGitVQGAN, VQGANDecoder
 from safetensors.torch import load_file
 
 CASE = Path(__file__).parents[1] / "parity" / "titok" / "maskgit_vqgan"
@@ -65,7 +66,7 @@ def test_released_keys_and_sizes():
 
 @pytest.mark.parametrize("size", [(40, 31), (7, 5)])
 def test_folded_upsampling_equals_the_two_steps(size, monkeypatch):
-    monkeypatch.setattr(maskgit_vqgan, "MIN_POSITIONS_TO_FOLD", 0)
+    monkeypatch.setattr(conv_blocks, "MIN_POSITIONS_TO_FOLD", 0)
     torch.manual_seed(0)
     layer, x = UpsampleConv(16), torch.randn(2, 16, *size, requires_grad=True)
     plain = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest"), layer.weight, layer.bias, padding=1)

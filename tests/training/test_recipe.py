@@ -7,11 +7,14 @@ import yaml
 from mediatok.core.errors import InvalidRecipe
 from mediatok.training.build import build_model
 from mediatok.training.codec_recipe import is_codec_recipe, load_codec_recipe
+from mediatok.training.flextok_recipe import is_flextok_recipe, load_flextok_recipe
 from mediatok.training.generator_recipe import is_generator_recipe, load_generator_recipe
 from mediatok.training.kmeans_recipe import is_kmeans_recipe, load_kmeans_recipe
 from mediatok.training.recipe import ModelRecipe, check_recipe, load_recipe
+from mediatok.training.seed_recipe import is_seed_recipe, load_seed_recipe
 from mediatok.training.shape_recipe import is_shape_recipe, load_shape_recipe
 from mediatok.training.speech_recipe import is_speech_recipe, load_speech_recipe
+from mediatok.training.tokenflow_recipe import is_tokenflow_recipe, load_tokenflow_recipe
 from mediatok.training.tokenizer import main
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -21,7 +24,8 @@ RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 def test_shipped_recipes_are_valid(path):
     kinds = {is_generator_recipe: load_generator_recipe, is_codec_recipe: load_codec_recipe}
     kinds |= {is_speech_recipe: load_speech_recipe, is_kmeans_recipe: load_kmeans_recipe}
-    kinds |= {is_shape_recipe: load_shape_recipe}
+    kinds |= {is_shape_recipe: load_shape_recipe, is_flextok_recipe: load_flextok_recipe}
+    kinds |= {is_tokenflow_recipe: load_tokenflow_recipe, is_seed_recipe: load_seed_recipe}
     load = next((load for is_it, load in kinds.items() if is_it(path)), load_recipe)
     assert load(path).name == path.stem
 
