@@ -35,10 +35,12 @@ def test_recorded_case(case):
 # the files test_new_*_cases.py, and share most of their code with the kinds that are here.
 LEFT_OUT = {
     ("titok", "losses_single_stage_vae"), ("one_d_piece", "stage1_train"),
-    ("maskgit", "uvit"), ("maskgit", "uvit_train"), ("maskgit", "end_to_end"), ("xar", "training_loss"),
-    ("gense", "wavlm"), ("gense", "pipeline"), ("paraformer", "seaco"),
+    ("maskgit", "uvit"), ("maskgit", "vit_train"), ("maskgit", "uvit_train"), ("maskgit", "end_to_end"),
+    ("xar", "training_loss"), ("xar", "sampling"), ("gense", "wavlm"), ("gense", "pipeline"),
+    ("paraformer", "encoder"), ("paraformer", "decoder"), ("paraformer", "predictor"), ("paraformer", "train"),
+    ("paraformer", "seaco"),
     ("seed", "tokenizer"), ("seed", "train_stage1_itc"), ("seed", "train_stage2"),
-    ("flextok", "vae"), ("flextok", "resampler"), ("flextok", "full"), ("flextok", "ar_text"),
+    ("flextok", "vae"), ("flextok", "resampler"), ("flextok", "full"), ("flextok", "ar_class"), ("flextok", "ar_text"),
     ("tokenflow", "tokenizer"), ("tokenflow", "msvq"), ("tokenflow", "t2i"),
 }  # fmt: skip
 
