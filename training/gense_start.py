@@ -26,6 +26,7 @@ from torch import Tensor
 from ..core.errors import InvalidRecipe
 from ..generators.gense import NEW_POSITION, GenSE
 from ..nn.gpt2 import GPT2
+from .code_start import projected_codes
 
 MARKS = 4  # channels behind the sines, one a chain
 ACOUSTIC, CLEAN_SEMANTIC, WRITTEN = 0, 1, 2  # the marks; the first one is of acoustic tokens, noisy and written
@@ -84,14 +85,9 @@ def _frequencies(gpt: GPT2) -> Tensor:
 def _spread(gpt: GPT2, ids: slice, codes_VC: Tensor, mark: int | None = None) -> None:
     """Tokens as codes behind the channels of places, each kind of token with an offset of its own."""
     rows_VW, first = gpt.wte.weight[ids], _sines(gpt) + MARKS
-    channels = rows_VW.shape[1] - first
-    codes_VC = codes_VC.to(rows_VW) - codes_VC.to(rows_VW).mean(dim=0)
-    side = max(codes_VC.shape[1], channels)
-    rotation = torch.linalg.qr(torch.randn(side, side))[0][: codes_VC.shape[1], :channels]
-    tokens_VW = codes_VC @ rotation.to(rows_VW)
-    tokens_VW = tokens_VW * (TOKEN_SIZE / tokens_VW.square().mean().sqrt().clamp_min(1e-12))
+    tokens_VW = projected_codes(codes_VC, rows_VW.shape[1] - first, TOKEN_SIZE).to(rows_VW)
     rows_VW[:, :first] = 0
-    rows_VW[:, first:] = tokens_VW + torch.randn(channels).to(rows_VW) * (TOKEN_SIZE / 2)
+    rows_VW[:, first:] = tokens_VW + torch.randn(tokens_VW.shape[1]).to(rows_VW) * (TOKEN_SIZE / 2)
     if mark is not None:
         rows_VW[:, _sines(gpt) + mark] = PLACE_SIZE
 

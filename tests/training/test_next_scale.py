@@ -145,6 +145,14 @@ def test_a_later_run_starts_from_a_model_and_keeps_what_classes_learned(values, 
     assert torch.equal(trainer.raw_model.get_parameter(table), before.get_parameter(table)[[1, 2, 3]])
 
 
+def test_alike_codes_begin_with_alike_chances(values, folder):
+    """Distances between rows of the head are those of the codes, but for one factor."""
+    trainer = NextScaleTrainer(check_recipe(copy.deepcopy(values), NextScaleRecipe))
+    rows = trainer.raw_model.transformer.head.weight.detach()
+    wanted, found = (torch.pdist(part) for part in (mt.load(folder / "vat").quantize.codebook.detach(), rows))
+    torch.testing.assert_close(found / found.mean(), wanted / wanted.mean(), rtol=1e-3, atol=1e-3)
+
+
 def test_labels_are_those_of_all_fields(source):
     names = class_names(source, FIELDS)
     assert names == ("solids", "box", "cylinder")
