@@ -29,6 +29,7 @@ from .shape_codes import ROWS_PER_CODE, CodebookRevival, place_codes
 from .shape_data import Batch, ShapeShards, TrainingShapes, shape_batches, validation_shapes
 from .shape_recipe import ShapeLossRecipe, ShapeModelRecipe, load_shape_recipe
 from .shape_start import align_places
+from .shape_threshold import fit_threshold
 from .tracker import Tracker
 from .trainer import Trainer, run_from_command_line
 from .validate import code_usage
@@ -130,6 +131,10 @@ class ShapeTrainer(Trainer):
         if ids:
             totals |= code_usage(torch.cat(ids), model.vocab_size)
         return {f"val_{name}": value for name, value in totals.items()}
+
+    def before_export(self, model: torch.nn.Module) -> None:
+        if self.step > self.recipe.model.continuous_steps:  # codes are in use
+            logger.info("a logit of %.1f counts as inside", fit_threshold(model, self.source, self.recipe.data.points))
 
     def show_samples(self, model: torch.nn.Module, tracker: Tracker) -> None:
         """Surface points in the upper row, meshes that are made of them below."""

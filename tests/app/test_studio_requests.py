@@ -182,8 +182,9 @@ def test_endpoint_errors_are_messages(client, models_dir, photo, tmp_path):
 
 def test_private_events_are_not_endpoints(client):
     named = set(client.view_api(return_format="dict")["named_endpoints"])
-    speech = {"/encode_audio", "/decode_audio", "/enhance", "/transcribe", "/speak"}  # of the models that ship
-    assert named == {"/encode_image", "/decode_tokens", "/compare", "/generate", "/models"} | speech
+    speech = {"/encode_audio", "/decode_audio", "/enhance", "/transcribe", "/speak"}
+    shapes = {"/encode_mesh", "/decode_mesh", "/generate_shape"}
+    assert named == {"/encode_image", "/decode_tokens", "/compare", "/generate", "/models"} | speech | shapes
 
 
 def test_upload_is_not_an_image_for_its_name(client, models_dir, tmp_path):

@@ -1,5 +1,6 @@
 """Config rules of the authors' checkpoints, strict keys, and every released tensor by name and shape."""
 
+import gzip
 import json
 import re
 from pathlib import Path
@@ -16,18 +17,26 @@ from mediatok.training.discriminator import PatchDiscriminator
 from safetensors.torch import load_file
 
 CASES = Path(__file__).parent.parent / "parity"
-DISCRIMINATOR = CASES / "titok/manifests/training_discriminator.json"
+DISCRIMINATOR = CASES / "titok/manifests/training_discriminator.json.gz"
 KEPT = ("titok", "one_d_piece")  # systems whose official keys are ours
-MANIFESTS = sorted({path for system in KEPT for path in CASES.glob(f"{system}/manifests/*.json")} - {DISCRIMINATOR})
+MANIFESTS = sorted({path for system in KEPT for path in CASES.glob(f"{system}/manifests/*.json.gz")} - {DISCRIMINATOR})
+
+
+def stem(manifest):
+    return manifest.name.removesuffix(".json.gz")
+
+
+def read_manifest(manifest):
+    return json.loads(gzip.decompress(manifest.read_bytes()))
 
 
 def model_name(manifest):
-    return "maskgit-vqgan" if manifest.stem.startswith("maskgit-vqgan") else manifest.stem.replace("_", "-")
+    return "maskgit-vqgan" if stem(manifest).startswith("maskgit-vqgan") else stem(manifest).replace("_", "-")
 
 
-@pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("manifest", MANIFESTS, ids=stem)
 def test_every_released_tensor(manifest):
-    expected = json.loads(manifest.read_text())
+    expected = read_manifest(manifest)
     entry = find_entry(model_name(manifest))
     with torch.device("meta"):
         model = model_class(entry.class_name)(**constructor_arguments(entry))
@@ -36,19 +45,21 @@ def test_every_released_tensor(manifest):
     assert abs(entry.parameters - expected["params"]) < 60_000
 
 
-RENAMED = sorted(path for system in ("maskgit", "xar", "kl16_vae") for path in CASES.glob(f"{system}/manifests/*.json"))
+RENAMED = sorted(
+    path for system in ("maskgit", "xar", "kl16_vae") for path in CASES.glob(f"{system}/manifests/*.json.gz")
+)
 DERIVED = re.compile(r"mask|.*\.rope\..*")  # buffers that follow from the geometry
 
 
 def renamed_name(manifest):
-    stem = manifest.stem.lower().replace("_", "-").replace("generator", "maskgit")
-    return "maskgit-one-d-piece-s256" if "one-d-piece" in stem else stem
+    name = stem(manifest).lower().replace("_", "-").replace("generator", "maskgit")
+    return "maskgit-one-d-piece-s256" if "one-d-piece" in name else name
 
 
-@pytest.mark.parametrize("manifest", RENAMED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("manifest", RENAMED, ids=stem)
 def test_every_released_tensor_has_its_place(manifest):
     """Releases whose keys ours does not keep: every official key and shape is taken, none is missing."""
-    entry, keys = find_entry(renamed_name(manifest)), json.loads(manifest.read_text())["keys"]
+    entry, keys = find_entry(renamed_name(manifest)), read_manifest(manifest)["keys"]
     weights = {key: torch.empty(shape, device="meta") for key, shape in keys.items() if not DERIVED.fullmatch(key)}
     model = of_entry(entry, weights)
     assert type(model).__name__ == entry.class_name
@@ -62,7 +73,7 @@ def test_every_released_tensor_has_its_place(manifest):
 
 
 def test_the_unreleased_discriminator():
-    expected = json.loads(DISCRIMINATOR.read_text())["keys"]
+    expected = read_manifest(DISCRIMINATOR)["keys"]
     with torch.device("meta"):
         assert {key: list(value.shape) for key, value in PatchDiscriminator().state_dict().items()} == expected
 
@@ -83,7 +94,7 @@ def load(case):
 def official_config(manifest):
     """The config that the authors publish with a checkpoint, as told by its name."""
     sizes = {"s": "small", "b": "base", "l": "large"}
-    family, code, *kind = manifest.stem.split("_")
+    family, code, *kind = stem(manifest).split("_")
     letters = code.rstrip("0123456789")
     vq = {"vit_enc_model_size": sizes[letters[0]], "vit_dec_model_size": sizes[letters[-1]], "vit_enc_patch_size": 16,
           "vit_dec_patch_size": 16, "num_latent_tokens": int(code[len(letters):])}  # fmt: skip
@@ -98,11 +109,9 @@ def official_config(manifest):
     return {"model": {"vq_model": vq}, "dataset": {"preprocessing": {"crop_size": 256}}}
 
 
-@pytest.mark.parametrize(
-    "manifest", [m for m in MANIFESTS if m.stem.startswith(("titok", "tatitok"))], ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("manifest", [m for m in MANIFESTS if stem(m).startswith(("titok", "tatitok"))], ids=stem)
 def test_published_configs_become_the_released_models(manifest):
-    keys = dict.fromkeys(json.loads(manifest.read_text())["keys"])
+    keys = dict.fromkeys(read_manifest(manifest)["keys"])
     cls = model_class("TiTok")
     with torch.device("meta"):
         ours = cls(**titok_arguments(official_config(manifest), keys))

@@ -15,12 +15,15 @@ from mediatok.core.base import TokenizerOutput
 from mediatok.core.meshes import write_mesh
 from mediatok.nn.gaussian import DiagonalGaussian
 from mediatok.nn.multiscale_vq import MultiScaleQuantizer
+from mediatok.tokenizers.shape.vat import VAT
 from mediatok.training.checkpoint import load_checkpoint, whole_checkpoints
 from mediatok.training.recipe import check_recipe
 from mediatok.training.shape import ShapeTrainer, shape_loss
 from mediatok.training.shape_codes import CodebookRevival, place_codes
+from mediatok.training.shape_data import ShapeShards
 from mediatok.training.shape_recipe import ShapeLossRecipe, ShapeRecipe, is_shape_recipe, load_shape_recipe
 from mediatok.training.shape_shards import write_shards
+from mediatok.training.shape_threshold import fit_threshold
 from mediatok.training.tracker import read_log
 
 SIZES = {
@@ -212,3 +215,23 @@ def test_idle_codes_are_revived():
     quantize.eval()
     quantize(z_BLC)
     assert int(other.step()) == 0  # evaluation does not count
+
+
+def test_the_threshold_is_moved_to_where_iou_is_best(shards):
+    """A field that says -0.65 inside and -3 outside: all from -0.7 to -2 are as good, and the highest is taken."""
+    source = ShapeShards((shards,), "train")
+
+    class Field:
+        def __init__(self, model):
+            self.model = model
+
+        def occupancy(self, places_BQ3):
+            inside_BQ = (places_BQ3.abs() < torch.tensor([0.95, 0.4, 0.2])).all(dim=2)
+            return torch.where(inside_BQ, -0.65, -3.0) + self.model.head.last.bias
+
+    model = VAT(**SIZES)
+    model.head.last.bias.data.zero_()
+    model.decode_ids = lambda ids_BS: Field(model)
+    assert fit_threshold(model, source, 64) == pytest.approx(-0.7)
+    assert model.head.last.bias.item() == pytest.approx(0.7)
+    assert fit_threshold(model, source, 64) == 0
