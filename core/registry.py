@@ -138,6 +138,10 @@ ENTRIES = {
             "vat-tiny", "VAT", "Apache-2.0", 3_478_849, "3D shapes, 424 tokens over 9 scales (636 bytes); furniture",
             modality="shape",
         ),
+        ModelEntry(
+            "vat-gen-tiny", "NextScale", "Apache-2.0", 2_017_052, "3D furniture by name, over vat-tiny",
+            kind="generator", modality="shape",
+        ),
         _titok("titok-l32", 641_054_735, "2.21"),
         _titok("titok-b64", 204_814_095, "1.70"),
         _titok("titok-s128", 83_674_639, "1.71"),

@@ -174,8 +174,8 @@ def _evaluate(arguments: argparse.Namespace) -> ShapeGenerationReport:
 
 def _label_of(entry: dict[str, str], names: Sequence[str]) -> str:
     for kind in ("object", "category"):
-        if entry.get(kind) in names:
-            return entry[kind]
+        if (name := str(entry.get(kind, "")).lower()) in names:  # as training names them
+            return name
     raise InvalidInput(f"the generator knows neither the object nor the category of {entry.get('name')!r}")
 
 

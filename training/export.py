@@ -60,6 +60,7 @@ def export_run(run: str | Path, out: str | Path, dtype: str | None = None) -> Pa
     from .flextok_recipe import FlexTokRecipe
     from .generator import build_generator
     from .generator_recipe import GENERATORS, GeneratorRecipe
+    from .next_scale_recipe import NextScaleRecipe
     from .seed_recipe import PARTS, SeedRecipe
     from .shape_recipe import SHAPE_TOKENIZERS, ShapeRecipe
     from .speech import trainer_class
@@ -72,7 +73,7 @@ def export_run(run: str | Path, out: str | Path, dtype: str | None = None) -> Pa
     tensors, state = load_checkpoint(checkpoints[-1])
     class_name, part = state["recipe"]["model"]["class_name"], ""
     if class_name in GENERATORS:
-        recipe = check_recipe(state["recipe"], GeneratorRecipe)
+        recipe = check_recipe(state["recipe"], NextScaleRecipe if class_name == "NextScale" else GeneratorRecipe)
         model = build_generator(recipe.model, {}, config=state["model_config"])
     elif class_name in CODECS:
         recipe = check_recipe(state["recipe"], CodecRecipe)

@@ -189,7 +189,7 @@ def test_generated_shapes():
 class Sculptor:
     """Makes balls, and remembers what it was asked for."""
 
-    modality, label_names = "shape", ("lamp", "Kitchen")
+    modality, label_names = "shape", ("lamp", "kitchen")
 
     def generate(self, labels, seed, resolution):
         self.asked = labels
@@ -208,7 +208,7 @@ def test_generation_is_measured_by_one_command(tmp_path, monkeypatch, capsys):
     sculptor = Sculptor()
     monkeypatch.setattr(shape_generation, "load", lambda name: sculptor)
     assert shape_generation.main(["a-sculptor", str(tmp_path)]) == 0
-    assert sculptor.asked == ["lamp", "Kitchen"]  # the object, or else the category
+    assert sculptor.asked == ["lamp", "kitchen"]  # the object, or else the category
     report = json.loads(capsys.readouterr().out)
     assert (report["num_made"], report["num_heldout"], report["num_training"]) == (2, 2, 1)
     for change, words in (

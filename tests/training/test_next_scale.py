@@ -15,6 +15,7 @@ from mediatok.core.meshes import BOX_FILL, write_mesh
 from mediatok.tokenizers.shape.vat import VAT
 from mediatok.training import generator, next_scale_training
 from mediatok.training.checkpoint import load_checkpoint, whole_checkpoints
+from mediatok.training.export import export_run
 from mediatok.training.generator_recipe import is_generator_recipe
 from mediatok.training.next_scale_recipe import NextScaleDataRecipe, NextScaleRecipe, load_next_scale_recipe
 from mediatok.training.next_scale_training import (
@@ -115,6 +116,8 @@ def test_resumed_runs_end_bit_for_bit_alike_and_make_shapes(values, folder, tmp_
     assert model.label_names == ("solids", "box", "cylinder")
     assert model.config.tokenizer_fingerprint == model.tokenizer.fingerprint == mt.load(folder / "vat").fingerprint
     assert len(model.generate(["box", "cyl"], seed=0, resolution=8)) == 2
+    exported = mt.load(export_run(tmp_path / "whole", tmp_path / "out", "int6"))
+    assert exported.label_names == model.label_names
 
 
 def test_the_command_for_generators_trains_it(values, tmp_path):
