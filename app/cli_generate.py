@@ -127,7 +127,7 @@ class _Plan:
     def __init__(self, generator, medium: Medium, settings: dict[str, Any], shared: dict[str, Any]):
         self.generator = generator
         self.suffix = medium.outputs[0]
-        self.settings = {name: _short(value) for name, value in settings.items()}
+        self.settings = {name: _short(value) for name, value in settings.items() if value != ()}
         self.shared = {name: str(value) for name, value in shared.items() if value is not None}
 
     def label(self, number: int) -> str:
