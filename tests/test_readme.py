@@ -20,7 +20,7 @@ COMMANDS = [line.split("#")[0] for line in BLOCK.splitlines()]
 def checkout(tmp_path_factory):
     """A folder that has what the examples name."""
     folder = tmp_path_factory.mktemp("readme")
-    for name in ("samples", "clips"):
+    for name in ("samples", "clips", "shapes"):
         shutil.copytree(ROOT / "docs" / name, folder / "docs" / name)
     return folder
 
@@ -33,6 +33,8 @@ def test_python_examples(checkout):
     assert int(mediatok.Tokens.load(checkout / "tiger.mtok").lengths[0]) == 32
     assert mediatok.read_image(checkout / "apple.png").size == (64, 64)
     assert mediatok.read_audio(checkout / "light-decoded.wav").samples.shape == (1, 100_000)
+    assert len(mediatok.read_mesh(checkout / "chair.stl").faces) > 500
+    assert len(mediatok.read_mesh(checkout / "table.glb").faces) > 500
 
 
 def test_command_line_examples(checkout):
