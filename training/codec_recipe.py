@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from .recipe import Count, Fraction, OptimizerRecipe, Positive, RunRecipe, Section, Weight, load_recipe
+from .recipe import Count, Fraction, OptimizerRecipe, Positive, Section, TrainingRun, Weight, load_recipe
 from .speech_data import SpeechDataRecipe
 from .speech_discriminators import KINDS, Kind
 from .speech_recipe import class_name_of
@@ -74,25 +74,13 @@ class CodecOptimizerRecipe(OptimizerRecipe):
     muon: bool = False
 
 
-class CodecRecipe(Section):
+class CodecRecipe(TrainingRun):
     """One training run; `output` is the run's folder."""
 
-    name: str
-    output: Path
     model: CodecModelRecipe
     data: SpeechDataRecipe
     loss: CodecLossRecipe = CodecLossRecipe()
     optimizer: CodecOptimizerRecipe = CodecOptimizerRecipe()
-    run: RunRecipe = RunRecipe()
-
-    @model_validator(mode="after")
-    def _fits(self):
-        if max(self.optimizer.warmup_steps, self.optimizer.hold_steps) >= self.run.steps:
-            raise ValueError(
-                f"optimizer.warmup_steps {self.optimizer.warmup_steps} and hold_steps {self.optimizer.hold_steps} "
-                f"must be below run.steps {self.run.steps}"
-            )
-        return self
 
 
 def load_codec_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> CodecRecipe:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from .recipe import DataRecipe, OptimizerRecipe, RunRecipe, Section, Weight, load_recipe, read_recipe
+from .recipe import DataRecipe, OptimizerRecipe, Section, TrainingRun, Weight, load_recipe, read_recipe
 
 GENERATORS = ("MaskGIT", "XAR", "NextToken", "NextScale", "NextScaleLlama")
 
@@ -57,25 +57,13 @@ class GeneratorDataRecipe(DataRecipe):
     encode: Literal["pretokenize", "on_the_fly"] = "pretokenize"
 
 
-class GeneratorRecipe(Section):
+class GeneratorRecipe(TrainingRun):
     """One run; `output` is its folder. tokenizer: a name or a folder of ours; it stays as it is."""
 
-    name: str
-    output: Path
     model: GeneratorModelRecipe
     tokenizer: Annotated[str, Field(min_length=1)]
     data: GeneratorDataRecipe
     optimizer: GeneratorOptimizerRecipe = GeneratorOptimizerRecipe()
-    run: RunRecipe = RunRecipe()
-
-    @model_validator(mode="after")
-    def _fits(self):
-        if max(self.optimizer.warmup_steps, self.optimizer.hold_steps) >= self.run.steps:
-            raise ValueError(
-                f"optimizer.warmup_steps {self.optimizer.warmup_steps} and hold_steps {self.optimizer.hold_steps} "
-                f"must be below run.steps {self.run.steps}"
-            )
-        return self
 
 
 def load_generator_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> GeneratorRecipe:

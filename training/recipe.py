@@ -132,24 +132,30 @@ class RunRecipe(Section):
     export_dtype: Literal["float32", "float16", "int8", "int6"] = "float32"
 
 
-class Recipe(Section):
-    """One training run; `output` is the run's folder."""
+class TrainingRun(Section):
+    """What every run has; `output` is its folder."""
 
     name: str
     output: Path
-    model: ModelRecipe
-    data: DataRecipe
-    loss: LossRecipe = LossRecipe()
     optimizer: OptimizerRecipe = OptimizerRecipe()
     run: RunRecipe = RunRecipe()
 
     @model_validator(mode="after")
     def _fits(self):
-        if self.optimizer.warmup_steps >= self.run.steps:
+        if max(self.optimizer.warmup_steps, self.optimizer.hold_steps) >= self.run.steps:
             raise ValueError(
-                f"optimizer.warmup_steps {self.optimizer.warmup_steps} must be below run.steps {self.run.steps}"
+                f"optimizer.warmup_steps {self.optimizer.warmup_steps} and hold_steps {self.optimizer.hold_steps} "
+                f"must be below run.steps {self.run.steps}"
             )
         return self
+
+
+class Recipe(TrainingRun):
+    """One training run; `output` is the run's folder."""
+
+    model: ModelRecipe
+    data: DataRecipe
+    loss: LossRecipe = LossRecipe()
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = (), schema: type[Section] = Recipe):

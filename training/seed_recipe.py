@@ -7,7 +7,15 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from .recipe import DataRecipe, OptimizerRecipe, Positive, RunRecipe, Section, Weight, load_recipe, read_recipe
+from .recipe import (
+    DataRecipe,
+    Positive,
+    Section,
+    TrainingRun,
+    Weight,
+    load_recipe,
+    read_recipe,
+)
 
 PARTS = {"contrast": "seed", "codebook": "", "drawing": ""}  # stage -> where the model is in what is trained
 
@@ -74,25 +82,13 @@ class SeedLossRecipe(Section):
     teacher: Path | None = None
 
 
-class SeedRecipe(Section):
+class SeedRecipe(TrainingRun):
     """One stage's run; `output` is the run's folder."""
 
-    name: str
-    output: Path
     model: SeedModelRecipe
     data: SeedDataRecipe
     text: SeedTextRecipe = SeedTextRecipe()
     loss: SeedLossRecipe = SeedLossRecipe()
-    optimizer: OptimizerRecipe = OptimizerRecipe()
-    run: RunRecipe = RunRecipe()
-
-    @model_validator(mode="after")
-    def _fits(self):
-        if self.optimizer.warmup_steps >= self.run.steps:
-            raise ValueError(
-                f"optimizer.warmup_steps {self.optimizer.warmup_steps} must be below run.steps {self.run.steps}"
-            )
-        return self
 
 
 def is_seed_recipe(path: str | Path) -> bool:

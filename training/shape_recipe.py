@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from .recipe import Count, Fraction, OptimizerRecipe, Positive, RunRecipe, Section, Weight, load_recipe
+from .recipe import Count, Fraction, OptimizerRecipe, Positive, RunRecipe, Section, TrainingRun, Weight, load_recipe
 from .shape_data import ShapeDataRecipe
 from .speech_recipe import class_name_of
 
@@ -72,25 +72,14 @@ class ShapeRunRecipe(RunRecipe):
     sample_resolution: Positive = 64
 
 
-class ShapeRecipe(Section):
+class ShapeRecipe(TrainingRun):
     """One training run; `output` is the run's folder."""
 
-    name: str
-    output: Path
     model: ShapeModelRecipe
     data: ShapeDataRecipe
     loss: ShapeLossRecipe = ShapeLossRecipe()
     optimizer: ShapeOptimizerRecipe = ShapeOptimizerRecipe()
     run: ShapeRunRecipe = ShapeRunRecipe()
-
-    @model_validator(mode="after")
-    def _fits(self):
-        if max(self.optimizer.warmup_steps, self.optimizer.hold_steps) >= self.run.steps:
-            raise ValueError(
-                f"optimizer.warmup_steps {self.optimizer.warmup_steps} and hold_steps {self.optimizer.hold_steps} "
-                f"must be below run.steps {self.run.steps}"
-            )
-        return self
 
 
 def load_shape_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> ShapeRecipe:

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from ..core.errors import InvalidRecipe, nearest_names
 from .generator_recipe import GeneratorOptimizerRecipe
 from .noise import NoiseRecipe
-from .recipe import Fraction, Positive, RunRecipe, Section, Weight, load_recipe, read_recipe
+from .recipe import Fraction, Positive, Section, TrainingRun, Weight, load_recipe, read_recipe
 from .speech_data import SpeechDataRecipe
 from .utterances import UtteranceDataRecipe
 
@@ -37,22 +37,10 @@ class SpeechModelRecipe(Section):
         return self
 
 
-class SpeechRunRecipe(Section):
+class SpeechRunRecipe(TrainingRun):
     """What all of these runs share; `output` is the run's folder."""
 
-    name: str
-    output: Path
     optimizer: GeneratorOptimizerRecipe = GeneratorOptimizerRecipe()
-    run: RunRecipe = RunRecipe()
-
-    @model_validator(mode="after")
-    def _fits(self):
-        if max(self.optimizer.warmup_steps, self.optimizer.hold_steps) >= self.run.steps:
-            raise ValueError(
-                f"optimizer.warmup_steps {self.optimizer.warmup_steps} and hold_steps {self.optimizer.hold_steps} "
-                f"must be below run.steps {self.run.steps}"
-            )
-        return self
 
 
 class SemanticModelRecipe(SpeechModelRecipe):

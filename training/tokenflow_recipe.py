@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from .recipe import Count, DataRecipe, LossRecipe, OptimizerRecipe, RunRecipe, Section, Weight, load_recipe
+from .recipe import Count, DataRecipe, LossRecipe, Section, TrainingRun, Weight, load_recipe
 from .speech_recipe import class_name_of
 
 
@@ -59,25 +59,12 @@ class TokenFlowLossRecipe(LossRecipe):
     semantic_weight: Weight = 1.0
 
 
-class TokenFlowRecipe(Section):
+class TokenFlowRecipe(TrainingRun):
     """One training run; `output` is the run's folder."""
 
-    name: str
-    output: Path
     model: TokenFlowModelRecipe
     data: DataRecipe
     loss: TokenFlowLossRecipe = TokenFlowLossRecipe()
-    optimizer: OptimizerRecipe = OptimizerRecipe()
-    run: RunRecipe = RunRecipe()
-
-    @model_validator(mode="after")
-    def _fits(self):
-        if max(self.optimizer.warmup_steps, self.optimizer.hold_steps) >= self.run.steps:
-            raise ValueError(
-                f"optimizer.warmup_steps {self.optimizer.warmup_steps} and hold_steps {self.optimizer.hold_steps} "
-                f"must be below run.steps {self.run.steps}"
-            )
-        return self
 
 
 def load_tokenflow_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> TokenFlowRecipe:
