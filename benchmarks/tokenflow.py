@@ -49,7 +49,7 @@ def plainly(call: Callable) -> Callable:
     @with_torchs_kernels
     def plain(*args):
         with patch.object(conv_blocks, "MIN_POSITIONS_TO_FOLD", 2**60), \
-             patch.object(tokenflow_cnn, "channels_last", lambda x, conv: x.contiguous()):  # fmt: skip
+             patch.object(tokenflow_cnn, "as_computed", lambda x, weight: x.contiguous()):  # fmt: skip
             return call(*args)
 
     return plain

@@ -431,6 +431,7 @@ def _load_folder(folder: Path):
     index = f"{WEIGHTS}.index.json"
     if (folder / COMPACT_WEIGHTS).is_file():
         weights = expand(read_state_dict(inside(folder, COMPACT_WEIGHTS), numbers_only=False))
+        weights |= _borrowed(inside(folder, COMPACT_WEIGHTS))
     else:
         weights = read_state_dict(inside(folder, index if (folder / index).is_file() else WEIGHTS))
     model = build(cls, {key: value for key, value in config.items() if not key.startswith("_")}, weights)
@@ -438,6 +439,33 @@ def _load_folder(folder: Path):
     if hasattr(model, "use_text") and any((folder / file).is_file() for file in TEXT_FILES):
         model.use_text(folder)
     return model
+
+
+def _borrowed(path: Path) -> dict:
+    """What a compact file leaves to shipped models: the weights of the parts that its header names with their lenders.
+
+    Raises:
+        InvalidCheckpoint: a lender that is no shipped model, or another one by now.
+    """
+    from safetensors import safe_open
+
+    from .compact import BORROWED, borrowed_parts
+
+    with safe_open(path, "pt") as file:
+        parts = borrowed_parts((file.metadata() or {}).get(BORROWED, "{}"), path)
+    weights = {}
+    for part, (name, fingerprint) in parts.items():
+        entry = find_entry(name)
+        if entry is None or not entry.is_shipped:
+            raise InvalidCheckpoint(f"{path} leaves {part!r} to {name!r}, which is no shipped model")
+        lender = load(name)
+        if lender.fingerprint != fingerprint:
+            raise InvalidCheckpoint(
+                f"{path} leaves {part!r} to {name} with the fingerprint {fingerprint}, and here it is "
+                f"{lender.fingerprint}: install the version of mediatok that the folder was made with"
+            )
+        weights |= {f"{part}.{key}": value for key, value in lender.state_dict().items()}
+    return weights
 
 
 def _names_our_class(folder: Path) -> bool:

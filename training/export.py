@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from copy import deepcopy
 from pathlib import Path
@@ -10,20 +11,22 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from ..core.compact import COMPACT_WEIGHTS, compact
+from ..core.base import Tokenizer
+from ..core.compact import BORROWED, COMPACT_WEIGHTS, compact
 from ..core.errors import InvalidInput, MediatokError
 from ..core.files import atomic_write
+from ..core.registry import load, models
 from .checkpoint import load_checkpoint, whole_checkpoints
 from .recipe import check_recipe
 
-DTYPES = ("float32", "float16", "int8", "int6")
+DTYPES = ("float32", "float16", "int8", "int6", "int4")
 
 
 def export_model(model: torch.nn.Module, out: str | Path, dtype: str = "float32") -> Path:
     """Save `model` to `out` in the library's layout, its weights stored as `dtype` (computing is in fp32 again).
 
-    "int8" makes a folder of half the size of "float16", "int6" of three eighths (see core/compact.py), which
-    `mediatok.load` reads.
+    "int8" makes a folder of half the size of "float16", "int6" of three eighths, "int4" of a quarter, which
+    `mediatok.load` reads (see core/compact.py).
     """
     if dtype not in DTYPES:
         raise InvalidInput(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
@@ -35,18 +38,40 @@ def export_model(model: torch.nn.Module, out: str | Path, dtype: str = "float32"
         del model.quantize.embed_prob
         model.quantize.clustering = False
         model.register_to_config(clustering=False)
-    if dtype in ("int8", "int6"):
+    if dtype.startswith("int"):
         Path(out).mkdir(parents=True, exist_ok=True)
         model.save_config(out)
-        exact = ("quantize.", *getattr(model, "fingerprint_weights", ()))
+        lenders = _lenders(model)
+        own = {key: value for key, value in model.state_dict().items() if key.split(".")[0] not in lenders}
+        header = {BORROWED: json.dumps(lenders)} if lenders else None
         with atomic_write(Path(out) / COMPACT_WEIGHTS) as temporary:
-            save_file(compact(model.state_dict(), exact, bits=int(dtype[3:])), temporary)
+            save_file(compact(own, stored_exactly(model), bits=int(dtype[3:])), temporary, header)
         return Path(out)
     for name, parameter in model.named_parameters():
         if not name.startswith("quantize."):  # codes are searched in fp32, and are few
             parameter.data = parameter.data.to(getattr(torch, dtype))
     model.save_pretrained(out, safe_serialization=True)
     return Path(out)
+
+
+def stored_exactly(model: torch.nn.Module) -> tuple[str, ...]:
+    """How the names of the weights begin that are never rounded: the codes, and what else ids depend on."""
+    return ("quantize.", *getattr(model, "fingerprint_weights", ()))
+
+
+def _lenders(model: torch.nn.Module) -> dict[str, tuple[str, str]]:
+    """The parts of `model` that are whole shipped models, bit for bit, with the name and the fingerprint of each."""
+    found = {}
+    for part, child in model.named_children():
+        for entry in models() if isinstance(child, Tokenizer) else []:
+            if entry.class_name != type(child).__name__ or not entry.is_shipped:
+                continue
+            lender = load(entry.name)
+            theirs = lender.state_dict()
+            if all(key in theirs and torch.equal(theirs[key], value) for key, value in child.state_dict().items()):
+                found[part] = (entry.name, lender.fingerprint)
+                break
+    return found
 
 
 def export_run(run: str | Path, out: str | Path, dtype: str | None = None) -> Path:

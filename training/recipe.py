@@ -116,7 +116,11 @@ class OptimizerRecipe(Section):
 
 
 class RunRecipe(Section):
-    """Length, batch and rhythm. `batch_size` is per process and accumulation step; an `every` of 0 is never."""
+    """Length, batch and rhythm. `batch_size` is per process and accumulation step; an `every` of 0 is never.
+
+    rounded_steps: of the last ones, with large weights rounded to the bits of `export_dtype`; their gradients go to the
+    weights as they were.
+    """
 
     steps: Positive = 1_000_000
     batch_size: Positive = 32
@@ -129,7 +133,16 @@ class RunRecipe(Section):
     checkpoint_every: Count = 1000
     keep_checkpoints: Positive = 2
     num_samples: Positive = 8
-    export_dtype: Literal["float32", "float16", "int8", "int6"] = "float32"
+    export_dtype: Literal["float32", "float16", "int8", "int6", "int4"] = "float32"
+    rounded_steps: Count = 0
+
+    @model_validator(mode="after")
+    def _rounds(self):
+        if self.rounded_steps and not self.export_dtype.startswith("int"):
+            raise ValueError(
+                f"rounded_steps needs an export_dtype to round to (int8, int6, int4), not {self.export_dtype}"
+            )
+        return self
 
 
 class TrainingRun(Section):

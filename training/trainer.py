@@ -12,7 +12,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from .build import config_of, make_accelerator
 from .checkpoint import load_checkpoint, load_optimizer_tensors, optimizer_tensors, save_checkpoint, whole_checkpoints
 from .data import derived_seed
 from .export import export_model
+from .rounding import rounded_weights
 from .schedule import WeightAverage, cosine_lr, set_lr
 from .tracker import Tracker
 
@@ -147,7 +148,7 @@ class Trainer(ABC):
         for micro in range(run.gradient_accumulation):
             batch = next(batches)
             last = micro == run.gradient_accumulation - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
+            with nullcontext() if last else self.accelerator.no_sync(self.model), self._as_stored():
                 loss, metrics = self.train_on(batch, micro)
                 self.accelerator.backward(loss / run.gradient_accumulation)
             self.samples_seen += len(batch[0]) * self.accelerator.num_processes
@@ -161,15 +162,22 @@ class Trainer(ABC):
         totals |= {"lr": torch.tensor(lr), "grad_norm": torch.as_tensor(grad_norm)}
         return {name: value.to(self.device, torch.float32) for name, value in totals.items()}
 
+    def _as_stored(self) -> AbstractContextManager[None]:
+        """Weights as the export rounds them, in the last `rounded_steps` of the run."""
+        run = self.recipe.run
+        if self.step < run.steps - run.rounded_steps or not run.rounded_steps:
+            return nullcontext()
+        return rounded_weights(self.raw_model.get_submodule(self.exported_part), int(run.export_dtype[3:]))
+
     def _measure(self, tracker: Tracker) -> None:
         run = self.recipe.run
         if is_due(self.step, run.validate_every, run.steps):
-            with self.ema.applied_to(self.raw_model) as model:
+            with self.ema.applied_to(self.raw_model) as model, self._as_stored():
                 values = self.validate(model)
             if values:
                 tracker.log(self.step, values)
         if is_due(self.step, run.sample_every, run.steps):
-            with self.ema.applied_to(self.raw_model) as model:
+            with self.ema.applied_to(self.raw_model) as model, self._as_stored():
                 self.show_samples(model, tracker)
 
     # Saving.

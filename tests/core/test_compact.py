@@ -1,27 +1,31 @@
-"""Weights of eight and six bits: how exact they are, what stays as it was, and what is refused."""
+"""Weights of eight, six and four bits: how exact they are, what stays as it was, and what is refused."""
+
+import copy
 
 import mediatok as mt
 import pytest
 import torch
 from mediatok.core.compact import (
+    BORROWED,
+    BYTE_SCALES,
     CLIPPED,
     COMPACT_WEIGHTS,
-    PACKED,
-    PACKED_SCALES,
-    SCALES,
     SHAPE,
     _packed,
     _rounded,
     _unpacked,
     compact,
     expand,
+    rounded,
 )
 from mediatok.core.errors import InvalidCheckpoint
 from mediatok.training.export import export_model
+from mediatok.training.flextok import build_flextok
+from mediatok.training.flextok_recipe import FlexTokModelRecipe
 from safetensors.torch import load_file, save_file
 
 
-@pytest.mark.parametrize(("bits", "error"), [(8, 0.01), (6, 0.025)])
+@pytest.mark.parametrize(("bits", "error"), [(8, 0.01), (6, 0.025), (4, 0.11)])
 def test_large_matrices_lose_little(bits, error):
     rng = torch.Generator().manual_seed(0)
     state = {
@@ -33,7 +37,9 @@ def test_large_matrices_lose_little(bits, error):
     }
     stored = compact(state, ("quantize.",), bits)
     again = expand(stored)
-    assert stored["a.weight" if bits == 8 else "a.weight.int6"].dtype == (torch.int8 if bits == 8 else torch.uint8)
+    assert stored["a.weight" if bits == 8 else f"a.weight.int{bits}"].dtype == (
+        torch.int8 if bits == 8 else torch.uint8
+    )
     assert list(again) == list(state)
     row_error = (again["a.weight"] - state["a.weight"]).norm(dim=1) / state["a.weight"].norm(dim=1)
     assert row_error[10:].median() < error
@@ -43,18 +49,28 @@ def test_large_matrices_lose_little(bits, error):
     assert torch.allclose(again["a.bias"].float(), state["a.bias"], rtol=1e-3)
 
 
-def test_six_bits_are_packed_without_loss():
-    whole = torch.arange(-32, 32, dtype=torch.int8).repeat(2, 1)
+@pytest.mark.parametrize(("bits", "width"), [(6, 48), (4, 32)])
+def test_bits_are_packed_without_loss(bits, width):
+    whole = (torch.arange(64) % 2**bits - 2 ** (bits - 1)).to(torch.int8).repeat(2, 1)
     whole[1] = whole[1].flip(0)
-    packed = _packed(whole)
-    assert packed.shape == (2, 48)
-    assert torch.equal(_unpacked(packed), whole.int())
+    packed = _packed(whole, bits)
+    assert packed.shape == (2, width)
+    assert torch.equal(_unpacked(packed, bits), whole.long())
+
+
+def test_rounding_for_training_is_what_is_stored_where_nothing_is_clipped():
+    value = torch.randint(-7, 8, (64, 65), generator=torch.Generator().manual_seed(0)).float() / 7
+    value[:, :2] = 1.0
+    assert torch.equal(rounded(value, 4), expand(compact({"a": value}, ("quantize.",), 4))["a"])
+    noisy = value + torch.randn_like(value) * 0.1
+    near = expand(compact({"a": noisy}, ("quantize.",), 4))["a"]
+    assert (near - noisy).norm() <= (rounded(noisy, 4) - noisy).norm()
 
 
 def test_clipping_a_block_is_never_worse():
     values = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
-    whole, scales = _rounded(values, 31, (1.0,))
-    clipped, clipped_scales = _rounded(values, 31, CLIPPED)
+    whole, scales = _rounded(values, 6, (1.0,))
+    clipped, clipped_scales = _rounded(values, 6, CLIPPED)
     errors = [(w.float() * s.float()[:, None] - values).norm() for w, s in ((whole, scales), (clipped, clipped_scales))]
     assert errors[1] < errors[0]
 
@@ -85,15 +101,15 @@ def test_from_pretrained_reads_it_too(folder):
 @pytest.mark.parametrize("change", ["no scales", "short scales", "wide scales", "scales alone", "bytes", "bool"])
 def test_what_does_not_fit_is_refused(folder, tmp_path, change):
     stored = load_file(folder / COMPACT_WEIGHTS)
-    name = next(key.removesuffix(SCALES) for key in stored if key.endswith(SCALES))
+    name = next(key.removesuffix(BYTE_SCALES) for key in stored if key.endswith(BYTE_SCALES))
     if change == "no scales":
-        del stored[name + SCALES]
+        del stored[name + BYTE_SCALES]
     elif change == "short scales":
-        stored[name + SCALES] = stored[name + SCALES][:-1].clone()
+        stored[name + BYTE_SCALES] = stored[name + BYTE_SCALES][:-1].clone()
     elif change == "wide scales":
-        stored[name + SCALES] = stored[name + SCALES].float()
+        stored[name + BYTE_SCALES] = stored[name + BYTE_SCALES].float()
     elif change == "scales alone":
-        stored["x" + SCALES] = torch.ones(3, dtype=torch.float16)
+        stored["x" + BYTE_SCALES] = torch.ones(3, dtype=torch.float16)
     else:
         stored[name] = stored[name].to(torch.uint8 if change == "bytes" else torch.bool)
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
@@ -108,7 +124,7 @@ def test_what_does_not_fit_is_refused(folder, tmp_path, change):
 def test_packed_weights_that_do_not_fit_are_refused(change):
     stored = compact({"a": torch.randn(80, 80)}, ("quantize.",), bits=6)
     if change == "no scales":
-        del stored["a" + PACKED_SCALES]
+        del stored["a.int6_scales"]
     elif change == "no shape":
         del stored["a" + SHAPE]
     elif change == "wrong shape":
@@ -116,10 +132,58 @@ def test_packed_weights_that_do_not_fit_are_refused(change):
     elif change == "negative":
         stored["a" + SHAPE] = torch.tensor([-80, -80])
     elif change == "short":
-        stored["a" + PACKED] = stored["a" + PACKED][:-1]
+        stored["a.int6"] = stored["a.int6"][:-1]
     elif change == "wide":
-        stored["a" + PACKED] = stored["a" + PACKED].int()
+        stored["a.int6"] = stored["a.int6"].int()
     else:
-        stored["b" + PACKED_SCALES] = stored["a" + PACKED_SCALES]
+        stored["b.int6_scales"] = stored["a.int6_scales"]
     with pytest.raises(InvalidCheckpoint, match=r"scales|shape|uint8"):
         expand(stored)
+
+
+@pytest.fixture(scope="module")
+def borrower(tmp_path_factory):
+    """A folder of a FlexTok over kl-tiny, and the model."""
+    config = {
+        "num_tokens": 8, "levels": (4, 4), "patch_size": 1, "encoder_width": 32, "encoder_depth": 1,
+        "encoder_head_width": 16, "decoder_width": 32, "decoder_depth": 1, "decoder_head_width": 16,
+    }  # fmt: skip
+    model = build_flextok(FlexTokModelRecipe(class_name="FlexTok", vae="kl-tiny", config=config))
+    path = tmp_path_factory.mktemp("borrower") / "model"
+    export_model(model, path, "int6")
+    return path, model
+
+
+def test_a_part_that_is_a_shipped_model_is_left_to_it(borrower):
+    path, model = borrower
+    assert (path / COMPACT_WEIGHTS).stat().st_size < 200_000
+    again = mt.load(path)
+    assert all(torch.equal(again.vae.state_dict()[key], value) for key, value in model.vae.state_dict().items())
+    assert again.fingerprint == model.fingerprint
+
+
+def test_a_part_that_differs_is_stored(borrower, tmp_path):
+    model = copy.deepcopy(borrower[1])
+    with torch.no_grad():
+        next(model.vae.parameters()).add_(1e-3)
+    export_model(model, tmp_path / "own", "int6")
+    assert any(key.startswith("vae.") for key in load_file(tmp_path / "own" / COMPACT_WEIGHTS))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "[]",
+        "{",
+        '{"vae": "kl-tiny"}',
+        '{"vae": [1, 2]}',
+        '{"vae": ["titok-s128", "0"]}',
+        '{"vae": ["/", "0"]}',
+        '{"vae": ["kl-tiny", "0"]}',
+    ],
+)
+def test_lenders_that_are_none_are_refused(borrower, tmp_path, header):
+    (tmp_path / "config.json").write_bytes((borrower[0] / "config.json").read_bytes())
+    save_file(load_file(borrower[0] / COMPACT_WEIGHTS), tmp_path / COMPACT_WEIGHTS, {BORROWED: header})
+    with pytest.raises(InvalidCheckpoint, match=r"borrowed|leaves"):
+        mt.load(tmp_path)

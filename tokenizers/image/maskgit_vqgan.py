@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from ...core.base import TokenizerOutput
 from ...core.errors import InvalidInput
 from ...core.image_tokenizer import ImageTokenizer
-from ...kernels.precision import compute_dtype
-from ...nn.conv_blocks import NormSiLU, UpsampleConv
+from ...nn.conv_blocks import NormSiLU, UpsampleConv, as_computed
 from ...nn.layers import Conv2d
 from ...nn.vq import VectorQuantizer
 
@@ -102,7 +101,7 @@ class VQGANEncoder(nn.Module):
         self.conv_out = Conv2d(widths[-1], z_channels, 1)
 
     def forward(self, pixels_B3HW: Tensor) -> Tensor:
-        x_BCHW = self.conv_in(to_compute(pixels_B3HW, self.conv_in.weight))
+        x_BCHW = self.conv_in(as_computed(pixels_B3HW, self.conv_in.weight))
         for stage in (*self.down, *self.mid):
             x_BCHW = stage(x_BCHW)
         return self.conv_out(self.norm_out(x_BCHW))
@@ -127,15 +126,10 @@ class VQGANDecoder(nn.Module):
         self.conv_out = Conv2d(widths[0], out_channels, 3, padding=1)
 
     def forward(self, z_BEhw: Tensor) -> Tensor:
-        x_BCHW = self.conv_in(to_compute(z_BEhw, self.conv_in.weight))
+        x_BCHW = self.conv_in(as_computed(z_BEhw, self.conv_in.weight))
         for stage in (*self.mid, *reversed(self.up)):
             x_BCHW = stage(x_BCHW)
         return self.conv_out(self.norm_out(x_BCHW)).contiguous()
-
-
-def to_compute(x_BCHW: Tensor, weight: Tensor) -> Tensor:
-    """`x_BCHW` channels-last, in the dtype to compute with weights stored as `weight` is."""
-    return x_BCHW.to(compute_dtype(weight.dtype, weight.device), memory_format=torch.channels_last)
 
 
 class MaskGitVQGAN(ImageTokenizer):

@@ -14,8 +14,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ...kernels.attention import attention
-from ...nn.conv_blocks import NUM_GROUPS, NormSiLU, UpsampleConv
-from ...nn.layers import Conv2d, GroupNorm, to_compute
+from ...nn.conv_blocks import NUM_GROUPS, NormSiLU, UpsampleConv, as_computed
+from ...nn.layers import Conv2d, GroupNorm
 
 
 class ResnetBlock(nn.Module):
@@ -99,7 +99,7 @@ class PixelEncoder(nn.Module):
         self.norm_out, self.conv_out = NormSiLU(widths[-1]), Conv2d(widths[-1], z_channels, 3, padding=1)
 
     def forward(self, pixels_B3HW: Tensor) -> Tensor:
-        x_BCHW = self.conv_in(channels_last(pixels_B3HW, self.conv_in))
+        x_BCHW = self.conv_in(as_computed(pixels_B3HW, self.conv_in.weight))
         x_BCHW = run_stages(self, (*self.conv_blocks, *self.mid), x_BCHW)
         return self.conv_out(self.norm_out(x_BCHW))
 
@@ -125,14 +125,9 @@ class PixelDecoder(nn.Module):
         self.norm_out, self.conv_out = NormSiLU(widths[-1]), Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, z_BZhw: Tensor) -> Tensor:
-        x_BCHW = self.conv_in(channels_last(z_BZhw, self.conv_in))
+        x_BCHW = self.conv_in(as_computed(z_BZhw, self.conv_in.weight))
         x_BCHW = run_stages(self, (*self.mid, *self.conv_blocks), x_BCHW)
         return self.conv_out(self.norm_out(x_BCHW)).contiguous()
-
-
-def channels_last(x_BCHW: Tensor, conv: Conv2d) -> Tensor:
-    """`x_BCHW` as it is computed on fastest with the weights of `conv`."""
-    return to_compute(x_BCHW, conv.weight).contiguous(memory_format=torch.channels_last)
 
 
 def run_stages(network: PixelEncoder | PixelDecoder, stages: tuple[nn.Module, ...], x_BCHW: Tensor) -> Tensor:
