@@ -56,13 +56,6 @@ def _align_stack(stack: nn.Module, latent_places: Tensor, queries_are_latents: b
     patches_PF = sines(row_by_row(stack.positional_embedding.shape[0] - 1), half)
     latents_PF = sines(latent_places, half)
 
-    # Keys read the first half of a position, queries the second; so one kind is looked at, and the other looks.
-    def looked_at(x: Tensor) -> Tensor:
-        return torch.cat([x, torch.zeros_like(x)], dim=1)
-
-    def looking(x: Tensor) -> Tensor:
-        return torch.cat([torch.zeros_like(x), x], dim=1)
-
     stack.positional_embedding[1:] = (looked_at if queries_are_latents else looking)(patches_PF)
     stack.latent_token_positional_embedding.copy_((looking if queries_are_latents else looked_at)(latents_PF))
     for block in stack.transformer:
@@ -70,9 +63,25 @@ def _align_stack(stack: nn.Module, latent_places: Tensor, queries_are_latents: b
         match = torch.randn(width, half) * half**-0.5 * QUERY_KEY_GAIN
         query_WW.normal_(std=0.02)[:, half:] += match
         key_WW.normal_(std=0.02)[:, :half] += match
-        rotation = torch.linalg.qr(torch.randn(width, width))[0]
-        value_WW.copy_(rotation * VALUE_GAIN**0.5)
-        block.attn.out_proj.weight.copy_(rotation.T * VALUE_GAIN**0.5)
+        copy_values(value_WW, block.attn.out_proj.weight)
+
+
+# Keys read the first half of a position, queries the second; so one kind is looked at, and the other looks.
+
+
+def looked_at(x_PF: Tensor) -> Tensor:
+    return torch.cat([x_PF, torch.zeros_like(x_PF)], dim=1)
+
+
+def looking(x_PF: Tensor) -> Tensor:
+    return torch.cat([torch.zeros_like(x_PF), x_PF], dim=1)
+
+
+def copy_values(value_WW: Tensor, out_WW: Tensor) -> None:
+    """What is looked at is added as it is, times `VALUE_GAIN`."""
+    rotation_WW = torch.linalg.qr(torch.randn(value_WW.shape))[0].to(value_WW)
+    value_WW.copy_(rotation_WW * VALUE_GAIN**0.5)
+    out_WW.copy_(rotation_WW.T * VALUE_GAIN**0.5)
 
 
 def row_by_row(count: int) -> Tensor:

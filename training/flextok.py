@@ -22,6 +22,7 @@ from ..tokenizers.image.flextok import FlexTok
 from .build import config_of, construct, sizes_like
 from .data import TrainingPictures, derived_seed, open_source, to_float, training_batches, validation_pictures
 from .flextok_recipe import FlexTokModelRecipe, load_flextok_recipe
+from .flextok_start import align_registers
 from .schedule import make_optimizer
 from .teachers import build_teacher, semantic_loss
 from .tracker import Tracker
@@ -196,6 +197,8 @@ def build_flextok(recipe: FlexTokModelRecipe, config: dict | None = None) -> Fle
         sizes.setdefault("grid", (side, side))
     model = construct("FlexTok", sizes | follows)
     model.vae.load_state_dict(source.state_dict())
+    if recipe.aligned_start:
+        align_registers(model)
     return model
 
 

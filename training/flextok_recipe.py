@@ -18,6 +18,7 @@ class FlexTokModelRecipe(Section):
     class KLAutoencoder.
     config: arguments of the class, over those of `like`. like: a name from `mediatok models` whose sizes are taken.
     init_from: folder in our layout whose weights the run starts from, VAE included.
+    aligned_start: see `flextok_start.py`.
     """
 
     class_name: Literal["FlexTok"]
@@ -25,14 +26,15 @@ class FlexTokModelRecipe(Section):
     like: str | None = None
     config: dict[str, Any] = Field(default_factory=dict)
     init_from: Path | None = None
+    aligned_start: bool = False
     gradient_checkpointing: bool = False
 
     @model_validator(mode="after")
     def _needs(self):
         if (self.vae is None) == (self.init_from is None):
             raise ValueError("give vae= (a KLAutoencoder) for a new model, or init_from= to go on with one")
-        if self.init_from is not None and (self.like or self.config):
-            raise ValueError("init_from brings its own sizes; leave out like and config")
+        if self.init_from is not None and (self.like or self.config or self.aligned_start):
+            raise ValueError("init_from brings its own sizes and weights; leave out like, config and aligned_start")
         return self
 
 

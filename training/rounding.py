@@ -12,19 +12,23 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from ..core.base import Tokenizer
 from ..core.compact import is_large, rounded
 from .export import stored_exactly
 
 
 @contextmanager
 def rounded_weights(model: nn.Module, bits: int) -> Iterator[None]:
-    """The trainable weights that an export rounds, rounded to `bits` in place while the block runs."""
-    exact = stored_exactly(model)
+    """The weights that an export rounds, rounded to `bits` in place while the block runs, but for those of parts that
+    are frozen tokenizers.
+    """
+    frozen = [name + "." for name, child in model.named_children() if isinstance(child, Tokenizer)]
+    exact = (*stored_exactly(model), *frozen)
     with torch.no_grad():
         pairs = [
             (parameter, parameter.detach().clone())
             for name, parameter in model.named_parameters()
-            if parameter.requires_grad and is_large(parameter) and not name.startswith(exact)
+            if is_large(parameter) and not name.startswith(exact)
         ]
         for parameter, value in pairs:
             parameter.copy_(rounded(value, bits))

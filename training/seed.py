@@ -34,7 +34,7 @@ from .code_revival import place_centres
 from .data import ImageFolder, TrainingPictures, centre_crops, derived_seed, open_source, to_float, training_batches
 from .schedule import make_optimizer
 from .seed_losses import seed_loss
-from .seed_recipe import PARTS, SeedModelRecipe, SeedRecipe, load_seed_recipe
+from .seed_recipe import PARTS, SeedDataRecipe, SeedModelRecipe, SeedRecipe, load_seed_recipe
 from .tracker import Tracker
 from .trainer import Trainer, run_from_command_line
 from .validate import code_usage
@@ -79,13 +79,15 @@ class Captions:
 class NamedFolder(ImageFolder):
     """An image folder whose captions are in a JSON file, where no text file lies beside a picture."""
 
-    def __init__(self, folder: str | Path, split: str | None, names: Path):
+    def __init__(self, folder: str | Path, split: str | None, recipe: SeedDataRecipe):
         super().__init__(folder, split)
+        names, fields = recipe.names, recipe.caption_fields
         try:
             table = json.loads(read_limited(names, MAX_NAMES_BYTES))
-            self.names = {stem: str(entry["name"]) for stem, entry in table.items()}
+            self.names = {stem: ", ".join(str(entry[field]) for field in fields) for stem, entry in table.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InvalidRecipe(f"data.names {names} must map file stems to {{'name': ...}} ({error!r})") from None
+            example = dict.fromkeys(fields, "...")
+            raise InvalidRecipe(f"data.names {names} must map file stems to {example} ({error!r})") from None
 
     def read(self, index: int):
         image, caption = super().read(index)
@@ -115,8 +117,8 @@ class SeedTrainer(Trainer):
         return self.raw_model.get_submodule(self.exported_part)
 
     def _open(self, path: str, split: str | None):
-        names = self.recipe.data.names
-        return open_source(path, split) if names is None else NamedFolder(path, split, names)
+        data = self.recipe.data
+        return open_source(path, split) if data.names is None else NamedFolder(path, split, data)
 
     def build_optimizers(self) -> None:
         optimizer = self.recipe.optimizer

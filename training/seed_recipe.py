@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from .recipe import (
     DataRecipe,
@@ -51,10 +51,11 @@ class SeedDataRecipe(DataRecipe):
     """Pictures as `DataRecipe` has them.
 
     names: a JSON file that has the captions of pictures without a text file beside them, by their file's stem:
-    {"1f34e": {"name": "red apple"}}.
+    {"1f34e": {"name": "red apple"}}. caption_fields: what of it makes a caption, joined by commas.
     """
 
     names: Path | None = None
+    caption_fields: Annotated[tuple[str, ...], Field(min_length=1)] = ("name",)
 
 
 class SeedTextRecipe(Section):

@@ -22,11 +22,11 @@ from ..core.errors import InvalidRecipe
 from ..nn.point_embedding import OCTAVES
 from ..tokenizers.shape.triplane import NUM_PLANES, PLANES
 from ..tokenizers.shape.vat import VAT
+from .aligned_start import copy_values
 
 OCTAVES_USED = 4  # waves of x, 2 x, 4 x and 8 x: nearby is what lies within a tenth of the box
 WAVES = 6 * OCTAVES_USED  # sines and cosines of three coordinates
 GAINS = (2.4, 1.9, 1.5, 1.1)  # of queries and keys, head by head and then again: from near to farther
-VALUE_GAIN = 0.7
 HEIGHT_GAIN, HEIGHT_OCTAVES = 2.0, 2  # how sharply a head sees its height in a column: by the waves of x and 2 x alone
 HIGHEST = 0.8  # the heads' heights are spread from minus this to this
 MLP_GAINS = (1.5, 0.7)  # of a block's two layers, each over the root of its inputs
@@ -58,7 +58,7 @@ def align_places(model: VAT) -> None:
         encoder.embed.proj.weight[channels] = _embedded_waves()
         encoder.embed.proj.bias[channels] = 0
     _look(encoder.reduce.query.weight, encoder.reduce.key_value.weight[:width], num_heads)
-    _copy(encoder.reduce.key_value.weight[width:], encoder.reduce.out.weight)
+    copy_values(encoder.reduce.key_value.weight[width:], encoder.reduce.out.weight)
     encoder.latent_tokens[:, looks] = latent_LP.to(encoder.latent_tokens)
     encoder.latent_tokens[:, is_found] = 0
 
@@ -74,7 +74,7 @@ def align_places(model: VAT) -> None:
         for block in stack.blocks:
             query_WW, key_WW, value_WW = block.attn.in_proj_weight.chunk(3)
             _look(query_WW, key_WW, num_heads)
-            _copy(value_WW, block.attn.out_proj.weight)
+            copy_values(value_WW, block.attn.out_proj.weight)
             _open(block.mlp)
     for block in decoder.transformer.blocks:
         _look_along_columns(block.attn.in_proj_weight.chunk(3)[0], num_heads)
@@ -119,13 +119,6 @@ def _open_planes(model: VAT) -> None:
             nn.init.zeros_(layer.bias)
     nn.init.normal_(model.head.last.weight, std=LAST_SIZE)
     nn.init.constant_(model.head.last.bias, LAST_BIAS)
-
-
-def _copy(value_WW: Tensor, out_WW: Tensor) -> None:
-    """What is looked at is added as it is, times `VALUE_GAIN`."""
-    rotation_WW = torch.linalg.qr(torch.randn(value_WW.shape))[0].to(value_WW)
-    value_WW.copy_(rotation_WW * VALUE_GAIN**0.5)
-    out_WW.copy_(rotation_WW.T * VALUE_GAIN**0.5)
 
 
 def waves_of(place_N3: Tensor) -> Tensor:
