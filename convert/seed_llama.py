@@ -19,7 +19,8 @@ from .fields import Config, Fields, StateDict
 
 ROTATION = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")  # follows from the sizes
 ADDED_TOKENS, MAX_ADDED_BYTES = "added_tokens.json", 4 * 2**20
-FIRST_CODE = "<img_00000>"
+CODE, BEGIN, END = "<img_{:05d}>", "<img>", "</img>"  # names of added tokens
+WAY_OUT = "take a SEED-LLaMA, such as AILab-CVC/seed-llama-8b-sft"
 HEAD_WIDTH = 128  # of every LLaMA
 LARGE_WIDTH = 5120  # of the 14B models
 WEIGHTS = (
@@ -58,7 +59,7 @@ def llama_arguments(config: Config, state_dict: StateDict) -> dict[str, Any]:
     if max(first + codes, begin + 1, end + 1) > vocab_size:
         raise InvalidCheckpoint(
             f"this language model has {vocab_size} ids and not the image vocabulary: {codes} codes from {first} on, "
-            f"<img> {begin} and </img> {end}"
+            f"{BEGIN} {begin} and {END} {end}; {WAY_OUT}"
         )
     heads = fields.integer("num_attention_heads", max(1, width // HEAD_WIDTH))
     if fields.integer("num_key_value_heads", heads) != heads:
@@ -76,24 +77,41 @@ def llama_arguments(config: Config, state_dict: StateDict) -> dict[str, Any]:
 
 
 def is_release(folder: Path) -> bool:
-    """Whether a folder is a LLaMA with SEED's words."""
+    """Whether a folder is a LLaMA; `load_release` says when it lacks SEED's words."""
     if not folder.is_dir() or not (folder / "config.json").is_file():
         return False
     if not any((folder / file).is_file() for file in WEIGHTS):
         return False
     try:
         config = read_config(inside(folder, "config.json"))
-        if config.get("model_type") != "llama" or "mm_vision_vq_type" in config:  # TokenFlow's
-            return False
-        return FIRST_CODE in added_tokens(folder) or not (folder / ADDED_TOKENS).exists()
     except MediatokError:
         return False
+    return config.get("model_type") == "llama" and "mm_vision_vq_type" not in config  # which is TokenFlow's
 
 
-def added_tokens(folder: Path) -> dict[str, Any]:
+def image_vocabulary(folder: Path) -> dict[str, int]:
+    """Where codes and the marks of pictures are among the ids, by the names in a parity case; {} where nothing says.
+
+    Raises:
+        InvalidCheckpoint: there are added tokens, and not those of pictures, or not in a row.
+    """
     if not (folder / ADDED_TOKENS).exists():
         return {}
-    return read_json(inside(folder, ADDED_TOKENS), MAX_ADDED_BYTES)
+    path = inside(folder, ADDED_TOKENS)
+    added = read_json(path, MAX_ADDED_BYTES)
+    if missing := [name for name in (CODE.format(0), BEGIN, END) if name not in added]:
+        raise InvalidCheckpoint(
+            f"{path} lacks {', '.join(missing)}: this language model has not the image vocabulary; {WAY_OUT}"
+        )
+    fields = Fields(added, ADDED_TOKENS)
+    first = fields.integer(CODE.format(0))
+    codes = sum(re.fullmatch(r"<img_\d{5}>", name) is not None for name in added)
+    for number in range(codes):
+        if added.get(name := CODE.format(number)) != first + number:
+            raise InvalidCheckpoint(
+                f"{path}: the {codes} codes from {first} on must be in a row, and {name} is {added.get(name)!r}"
+            )
+    return {"image_id_shift": first, "codes": codes, "boi": fields.integer(BEGIN), "eoi": fields.integer(END)}
 
 
 def load_release(folder: Path, entry: ModelEntry | None = None) -> SeedLLaMA:
@@ -102,13 +120,8 @@ def load_release(folder: Path, entry: ModelEntry | None = None) -> SeedLLaMA:
     Raises:
         InvalidCheckpoint: weights that do not fit, or lack the image vocabulary.
     """
-    config = read_config(inside(folder, "config.json"))
+    config = read_config(inside(folder, "config.json")) | image_vocabulary(folder)
     weights = next(inside(folder, file) for file in WEIGHTS if (folder / file).is_file())
-    added = added_tokens(folder)
-    if FIRST_CODE in added:
-        codes = [key for key in added if re.fullmatch(r"<img_\d{5}>", key)]
-        names = {"image_id_shift": FIRST_CODE, "boi": "<img>", "eoi": "</img>"}
-        config |= {ours: added[name] for ours, name in names.items() if name in added} | {"codes": len(codes)}
     state_dict = read_state_dict(weights)
     try:
         arguments = llama_arguments(config, state_dict)

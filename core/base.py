@@ -46,6 +46,7 @@ class Model(ModelMixin, ConfigMixin):
     _supports_gradient_checkpointing = True
     _keep_in_fp32_modules: ClassVar[list[str]] = []
     modality: ClassVar[str]
+    folder: Path | None = None  # that it was loaded from
 
     def __init__(self):
         super().__init__()

@@ -31,6 +31,8 @@ class Companion:
 def load_companion(generator: Model, name: str | None, way_out: str, what: str = "tokenizer") -> Tokenizer:
     """The tokenizer that a config names: a known model or a local folder, never somebody's repository.
 
+    A name is looked for beside the generator's own folder, too: models that were trained together stay together.
+
     what, way_out: what it is to `generator`, and how to give it one, for the messages.
 
     Raises:
@@ -40,9 +42,15 @@ def load_companion(generator: Model, name: str | None, way_out: str, what: str =
 
     if name is None:
         raise InvalidInput(f"{generator.name} names no {what}; {way_out}")
-    if not isinstance(name, str) or not name or (find_entry(name) is None and not Path(name).is_dir()):
+    source = name
+    folder = getattr(generator, "folder", None)  # parts of models have none
+    if isinstance(name, str) and folder is not None and Path(name).name == name:
+        beside = folder.parent / name
+        if find_entry(name) is None and not Path(name).is_dir() and beside.is_dir():
+            source = str(beside)
+    if not isinstance(name, str) or not name or (find_entry(name) is None and not Path(source).is_dir()):
         raise InvalidInput(f"the {what} {name!r} of {generator.name} is neither a known model nor a folder; {way_out}")
-    return load(name, dtype="bfloat16" if generator.dtype == torch.bfloat16 else "float32")
+    return load(source, dtype="bfloat16" if generator.dtype == torch.bfloat16 else "float32")
 
 
 def check_companion(generator: Model, tokenizer: Tokenizer, name: str | None, fingerprint: str | None) -> None:

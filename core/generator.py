@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,11 +22,12 @@ from torch import Tensor
 
 from .base import Model, OnStep, check_callback, report
 from .companion import Companion, check_companion, load_companion
-from .errors import InvalidInput, LimitExceeded, nearest_names
+from .errors import InvalidInput, LimitExceeded, TokenizerMismatch, nearest_names
 from .image_tokenizer import ImageTokenizer, as_list
 from .images import read_image, to_pil, to_pixels
 from .labels import MAX_LABELS, Classes, imagenet_names
 from .memory import available_memory, is_out_of_memory
+from .prompts import read_prompts
 from .sizes import check_whole
 from .tokens import ImageFrame, Tokens
 
@@ -63,6 +64,11 @@ class ImageGenerator(Model):
     """
 
     modality = "image"
+    accepts_text = False  # prompts in the place of labels
+    method = "sample"  # that makes pictures
+    scales: tuple[int, ...] = ()  # tokens of each scale, where content has scales
+    lengths: Sequence[int] = ()  # how many ids of a picture can be edited; the last is a whole picture; () for latents
+    vocab_size = 0  # of the ids
 
     def __init__(self):
         super().__init__()
@@ -87,9 +93,9 @@ class ImageGenerator(Model):
 
     @abstractmethod
     def settings(self, steps=None, guidance: float | None = None, **options) -> Any:
-        """Checked settings of a run, a frozen dataclass with `steps`, `guidance`, `total_steps` and the options.
+        """Checked settings of a run, a frozen dataclass with `guidance`, `total_steps` and the options.
 
-        None means the model's own default.
+        It has `steps`, too, unless they are `total_steps`. None means the model's own default.
 
         Raises:
             InvalidInput: a value that makes no sense.
@@ -113,14 +119,6 @@ class ImageGenerator(Model):
         """
 
     @abstractmethod
-    def encode_content(self, pixels_B3HW: Tensor) -> Tensor:
-        """Content of given pictures, through the tokenizer."""
-
-    @abstractmethod
-    def decode_content(self, content: Tensor) -> Tensor:
-        """Pixels fp32 [B, 3, H, W] of content on this model's device, through the tokenizer; not clamped."""
-
-    @abstractmethod
     def bytes_per_image(self, settings: Any) -> int:
         """Estimated memory of generating one more picture in a batch with `settings`, decoding included."""
 
@@ -131,6 +129,36 @@ class ImageGenerator(Model):
         From then on the model can only generate: to train, save or move it, load it again. Does nothing where the
         model is not on the CPU, or torch lacks oneDNN.
         """
+
+    # Content. A subclass that makes latents has methods of its own.
+
+    def encode_content(self, pixels_B3HW: Tensor) -> Tensor:
+        """Content of given pictures, through the tokenizer."""
+        return self.tokenizer.encode_pixels(pixels_B3HW)
+
+    def decode_content(self, content: Tensor) -> Tensor:
+        """Pixels fp32 [B, 3, H, W] of content on this model's device, through the tokenizer; not clamped."""
+        return self.tokenizer.decode_ids(content)
+
+    def check_content(self, content: Tensor) -> Tensor:
+        """Return `content` [B, ...], or raise InvalidInput when its shape, dtype or values are not this model's."""
+        ids_BL, size, codes = content[None] if content.ndim == 1 else content, self.lengths[-1], self.vocab_size
+        if ids_BL.ndim != 2 or ids_BL.shape[1] not in self.lengths or ids_BL.dtype != torch.int64:
+            raise InvalidInput(f"{self.name} edits ids int64 [B, {size}], got {content.dtype} {list(content.shape)}")
+        if ids_BL.numel() and not 0 <= int(ids_BL.min()) <= int(ids_BL.max()) < codes:
+            raise InvalidInput(f"ids must lie in [0, {codes}), got {int(ids_BL.min())} to {int(ids_BL.max())}")
+        return ids_BL
+
+    def check_tokenizer(self, tokenizer: ImageTokenizer) -> None:
+        """Raise TokenizerMismatch when the shape of this model's content is not the tokenizer's."""
+        ours = (self.lengths[-1], self.vocab_size)
+        if tokenizer.is_continuous or (tokenizer.max_tokens, tokenizer.vocab_size) != ours:
+            its = "continuous latents"
+            if not tokenizer.is_continuous:
+                its = f"{tokenizer.max_tokens} tokens of {tokenizer.vocab_size} codes"
+            raise TokenizerMismatch(
+                f"{self.name} makes {ours[0]} tokens of {ours[1]} codes, {tokenizer.name} has {its}"
+            )
 
     # Generating.
 
@@ -218,13 +246,14 @@ class ImageGenerator(Model):
 
         That holds for any name, "self" too.
         """
-        known = list(inspect.signature(self.settings).parameters)
-        for name in options:
-            if name not in known:
-                raise InvalidInput(
-                    f"{self.name} has no option {name!r}.{nearest_names(name, known)} It has {', '.join(known)}."
-                )
+        check_option_names(self, options)
         return self.settings(steps, guidance, **options)
+
+    def options_of(self, settings: Any) -> dict[str, Any]:
+        """The options of a run with `settings`, to give them to `sample` again; those that say nothing are left out."""
+        options = {name: getattr(settings, name, None) for name in inspect.signature(self.settings).parameters}
+        options["steps"] = settings.total_steps if options["steps"] is None else options["steps"]
+        return {name: value for name, value in options.items() if value not in (None, "")}
 
     def compile_network(self, **options) -> None:
         """Run `self.transformer` through `torch.compile` from now on: on a GPU each call is one CUDA graph.
@@ -272,10 +301,6 @@ class ImageGenerator(Model):
         self.check_tokenizer(tokenizer)
         self._tokenizer_box.tokenizer = tokenizer
 
-    @abstractmethod
-    def check_tokenizer(self, tokenizer: ImageTokenizer) -> None:
-        """Raise TokenizerMismatch when the shape of this model's content is not the tokenizer's."""
-
     def tokens(self, content: Tensor) -> Tokens:
         """`content` of a `Generation` as `Tokens`, to save or to decode with the tokenizer.
 
@@ -300,6 +325,21 @@ class ImageGenerator(Model):
         if self.config.label_names:
             return tuple(self.config.label_names)
         return imagenet_names() if self.config.num_classes == 1000 else ()
+
+    @property
+    def unit_word(self) -> str:
+        """What people call a unit."""
+        return "cell" if self.unit_grid is not None else "scale" if self.scales else "token"
+
+    def requests(self, labels) -> list[int | str | None]:
+        """What is asked for, one a picture: class numbers, or prompts where the model takes them; None for no such.
+
+        Raises:
+            InvalidInput: labels or prompts that cannot be read.
+        """
+        if self.accepts_text:
+            return [prompt or None for prompt in read_prompts(labels)]
+        return Classes(self.name, self.config.num_classes, self.label_names).requests(labels)
 
     def label_ids(self, labels) -> Tensor:
         """Class numbers int64 [N] of names, numbers and None (no class); one of these, or a list.
@@ -338,10 +378,6 @@ class ImageGenerator(Model):
         sources, _ = as_list(start)
         pixels = torch.stack([to_pixels(self.tokenizer.fit(read_image(source))) for source in sources])
         return self.encode_content(pixels.to(self.device)).cpu()
-
-    @abstractmethod
-    def check_content(self, content: Tensor) -> Tensor:
-        """Return `content`, or raise InvalidInput when its shape, dtype or values are not this model's."""
 
     def _keep_mask(self, keep) -> Tensor:
         """Bool [1, U] or [N, U] on the CPU."""
@@ -387,6 +423,16 @@ class ImageGenerator(Model):
                 f"a batch of {batch_size} pictures does not fit in the memory of {self.device}; "
                 + (way_out.format(batch_size // 2) if batch_size > 1 else "not even one picture fits")
             ) from None
+
+
+def check_option_names(model: Any, names: Iterable[str]) -> None:
+    """Raise InvalidInput for a name that is no parameter of `model.settings`; the nearest ones are offered."""
+    known = list(inspect.signature(model.settings).parameters)
+    for name in names:
+        if name not in known:
+            raise InvalidInput(
+                f"{model.name} has no option {name!r}.{nearest_names(name, known)} It has {', '.join(known)}."
+            )
 
 
 def image_seeds(seed: int | Sequence[int] | Tensor | None, num_images: int) -> list[int]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from .base import OnStep, Tokenizer, report
 from .errors import InvalidInput, nearest_names
 from .images import fit_square, read_image, to_pil, to_pixels
+from .sizes import check_whole, whole
 from .tiles import TileGrid
 from .tokens import ImageFrame, Tokens
 
@@ -33,6 +34,7 @@ class ImageTokenizer(Tokenizer):
     is_continuous = False  # latents instead of ids
     accepts_text = False  # the decoder reads a caption
     decoding_option_names: tuple[str, ...] = ()  # of `decode`, for decoders that can be run in several ways
+    shows_steps = False  # `decode_ids` can tell after each of its steps what it will come to
     text_encoder = "openai/clip-vit-large-patch14-336"  # hub id or folder, for models that accept text
 
     @property
@@ -46,9 +48,24 @@ class ImageTokenizer(Tokenizer):
             return tuple(accumulate(self.scales))
         return range(1 if self.is_variable_length else self.max_tokens, self.max_tokens + 1)
 
+    def tokens_of_scales(self, num_scales: int) -> int:
+        """Tokens in the first `num_scales` scales.
+
+        Raises:
+            InvalidInput: there are none, or not as many.
+        """
+        if not self.scales:
+            raise InvalidInput(f"the tokens of {self.name} have no scales")
+        return self.lengths[check_whole(num_scales, "the number of scales", 1, len(self.scales)) - 1]
+
     def longest_within(self, count: int) -> int:
         """The most tokens that a picture may have and that `count` allows; the fewest where it allows none."""
         return self.lengths[max(bisect.bisect_right(self.lengths, count) - 1, 0)]
+
+    def file_bytes(self, num_tokens: int, frame: ImageFrame) -> int:
+        """Size of the `.mtok` file of one picture with `num_tokens` tokens a tile."""
+        ids = torch.zeros(num_tokens * frame.num_tiles, dtype=torch.long)
+        return self._tokens([ids], [frame], is_batch=False).num_bytes
 
     def fit(self, image: Image.Image) -> Image.Image:
         """A picture of any size as the square that this tokenizer reads."""
@@ -83,6 +100,7 @@ class ImageTokenizer(Tokenizer):
         """
         sources, is_batch = as_list(images)
         self._check_encode_options(num_tokens, target_psnr, max_bytes)
+        batch_size = check_whole(batch_size, "batch_size", 1)
         rows_ids, frames = [], []
         per_chunk = 1 if tile else batch_size  # pictures whose rows are in memory at once
         for start in range(0, len(sources), per_chunk):
@@ -112,6 +130,7 @@ class ImageTokenizer(Tokenizer):
         text: str | Sequence[str] | None = None,
         as_tensor: bool = False,
         batch_size: int = 8,
+        previews: bool = False,
         on_step: OnStep | None = None,
         **options,
     ):
@@ -119,31 +138,35 @@ class ImageTokenizer(Tokenizer):
 
         `text` is the caption, or one caption per picture, for text-aware models. With `as_tensor`, fp32 tensors
         [3, H, W] in [0, 1] instead of PIL images. Pictures are `image_size` square unless they were encoded as tiles.
-        `options` are those of `decoding_option_names`, such as the steps of a flow.
+        `options` are those of `decoding_option_names`, such as the steps of a flow. `on_step` is called after each
+        picture; of a decoder that works in steps after each of these, with what its last picture will come to (fp32
+        [3, H, W] in [0, 1]) where `previews` asks for it and `shows_steps`.
 
         Raises:
             TokenizerMismatch: tokens of another model.
             InvalidInput: options that this tokenizer does not have, or values out of their range.
         """
         tokens.check(self.name, self.fingerprint)
+        batch_size = check_whole(batch_size, "batch_size", 1)
         captions = self._captions(text, len(tokens))
-        self._check_decoding_names(options)
-        arguments = self.decoding_arguments(**options)
+        arguments = self.checked_decoding(**options)
+        steps = _Steps(on_step, len(tokens), arguments, previews and self.shows_steps)
         pictures: list = [None] * len(tokens)
         whole = [index for index, frame in enumerate(tokens.frames) if not frame.is_tiled]
         done = 0
         for group in (whole[start : start + batch_size] for start in range(0, len(whole), batch_size)):
             texts = None if captions is None else [captions[i] for i in group]
-            pixels = self._decode_rows(tokens.ids[group], tokens.lengths[group], texts, arguments)
+            within = steps.within(done, len(group))
+            pixels = self._decode_rows(tokens.ids[group], tokens.lengths[group], texts, arguments | within)
             for index, picture in zip(group, pixels, strict=True):
                 pictures[index] = picture
             done += len(group)
-            report(on_step, done, len(tokens), pixels[-1])
+            steps.report(done, pixels[-1])
         for index in sorted(set(range(len(tokens))) - set(whole)):
             texts = None if captions is None else [captions[index]]
-            pictures[index] = self._decode_tiles(tokens, index, texts, batch_size, on_step, done, arguments)
+            pictures[index] = self._decode_tiles(tokens, index, texts, batch_size, steps, done, arguments)
             done += 1
-            report(on_step, done, len(tokens), pictures[index])
+            steps.report(done, pictures[index])
         results = pictures if as_tensor else [to_pil(picture) for picture in pictures]
         return results if tokens.is_batch else results[0]
 
@@ -152,7 +175,7 @@ class ImageTokenizer(Tokenizer):
         """Encode and decode in one call; `options` are those of both. Works for continuous tokenizers, too."""
         if not self.is_continuous:
             decoding = {name: options.pop(name) for name in self.decoding_option_names if name in options}
-            self.decoding_arguments(**decoding)  # a wrong value is found before the work
+            self.checked_decoding(**decoding)  # a wrong value is found before the work
             tokens = self.encode(images, batch_size=batch_size, on_step=on_step, **options)
             return self.decode(tokens, text=text, as_tensor=as_tensor, batch_size=batch_size, **decoding)
         if options:
@@ -168,6 +191,11 @@ class ImageTokenizer(Tokenizer):
             report(on_step, len(pictures), len(sources), pictures[-1])
         results = pictures if as_tensor else [to_pil(picture) for picture in pictures]
         return results if is_batch else results[0]
+
+    def code_vectors(self, ids_BL: Tensor) -> Tensor:
+        """What the quantizer has for each id, before any decoder: fp32 [B, L, C] of int64 ids."""
+        self.check_ids(ids_BL)
+        return self.quantize.lookup(ids_BL)
 
     # Checks that the tensor level of every image tokenizer shares.
 
@@ -185,9 +213,10 @@ class ImageTokenizer(Tokenizer):
         """Refuse a token count that this tokenizer cannot give."""
         if num_tokens is None:
             return
-        if not 1 <= num_tokens <= self.max_tokens:
+        number = whole(num_tokens)
+        if number is None or not 1 <= number <= self.max_tokens:
             raise InvalidInput(
-                f"num_tokens={num_tokens} is out of range; {self.name} has 1 to {self.max_tokens} tokens"
+                f"num_tokens={num_tokens!r} is out of range; {self.name} has 1 to {self.max_tokens} tokens"
             )
         if num_tokens != self.max_tokens and not self.is_variable_length:
             raise InvalidInput(
@@ -234,8 +263,13 @@ class ImageTokenizer(Tokenizer):
             raise InvalidInput(
                 f"{self.name} always uses {self.max_tokens} tokens; target_psnr needs a variable-length one"
             )
-        if target_psnr is not None and not 0 < target_psnr < 100:
-            raise InvalidInput(f"target_psnr={target_psnr} dB is out of range (0 to 100)")
+        if max_bytes is not None:
+            check_whole(max_bytes, "max_bytes", 1)
+        if target_psnr is None:
+            return
+        is_number = isinstance(target_psnr, (int, float)) and not isinstance(target_psnr, bool)
+        if not is_number or not 0 < target_psnr < 100:
+            raise InvalidInput(f"target_psnr={target_psnr!r} dB is out of range (0 to 100)")
 
     def _longest(self, frame: ImageFrame, num_tokens: int | None, max_bytes: int | None) -> int:
         """Most tokens a row that `num_tokens` or the byte budget allow for a picture of this frame."""
@@ -243,14 +277,9 @@ class ImageTokenizer(Tokenizer):
         if max_bytes is None:
             return longest
         lengths = self.lengths[: bisect.bisect_right(self.lengths, longest)]
-
-        def size(length: int) -> int:
-            ids = torch.zeros(length * frame.num_tiles, dtype=torch.long)
-            return self._tokens([ids], [frame], is_batch=False).num_bytes
-
-        fitting = bisect.bisect_right(lengths, max_bytes, key=size)
+        fitting = bisect.bisect_right(lengths, max_bytes, key=lambda length: self.file_bytes(length, frame))
         if fitting == 0:
-            least = size(lengths[0])
+            least = self.file_bytes(lengths[0], frame)
             raise InvalidInput(f"max_bytes={max_bytes} is too small: {self.name} needs at least {least} bytes")
         return lengths[fitting - 1]
 
@@ -300,15 +329,25 @@ class ImageTokenizer(Tokenizer):
         )  # fmt: skip
 
     def decoding_arguments(self, **options) -> dict:
-        """What `decode_ids` takes for the options of `decode`, checked; subclasses that have options say how."""
+        """What `decode_ids` takes for the options of `decode`, checked; subclasses that have options say how.
+
+        It is one object, which has every option by its name, and `total_steps` where the decoder works in steps.
+        """
         return {}
 
-    def _check_decoding_names(self, options: dict) -> None:
+    def checked_decoding(self, /, **options) -> dict:
+        """`decoding_arguments`, where an option that there is not is an InvalidInput naming the nearest."""
         for name in options:
             if name not in self.decoding_option_names:
                 known = ", ".join(self.decoding_option_names)
                 its = f"It has {known}.{nearest_names(name, self.decoding_option_names)}" if known else "It has none."
                 raise InvalidInput(f"{self.name} has no option {name!r} of decoding. {its}")
+        return self.decoding_arguments(**options)
+
+    def decoding_defaults(self) -> dict:
+        """Every option of `decode` with the value that it has when the call does not say."""
+        (settings,) = self.decoding_arguments().values() or (None,)
+        return {name: getattr(settings, name) for name in self.decoding_option_names}
 
     def _decode_rows(
         self, ids_RL: Tensor, lengths_R: Tensor, texts: list[str] | None = None, arguments: dict | None = None
@@ -320,7 +359,7 @@ class ImageTokenizer(Tokenizer):
         return self.decode_ids(ids_RL, lengths, **text_features, **(arguments or {})).clamp(0, 1).cpu()
 
     def _decode_tiles(
-        self, tokens: Tokens, index: int, texts, batch_size: int, on_step, done: int, arguments: dict
+        self, tokens: Tokens, index: int, texts, batch_size: int, steps: _Steps, done: int, arguments: dict
     ) -> Tensor:
         frame = tokens.frames[index]
         grid = TileGrid.of_frame(frame, self.image_size)
@@ -329,9 +368,11 @@ class ImageTokenizer(Tokenizer):
         for rows in torch.arange(grid.num_tiles).split(batch_size):
             lengths_R = torch.full((len(rows),), ids_RL.shape[1])
             row_texts = None if texts is None else texts * len(rows)
-            pixels = self._decode_rows(ids_RL[rows], lengths_R, row_texts, arguments)
+            share = int(rows[0]) / grid.num_tiles, len(rows) / grid.num_tiles
+            within = steps.within(done + share[0], share[1], previews=False)
+            pixels = self._decode_rows(ids_RL[rows], lengths_R, row_texts, arguments | within)
             canvas.paste(rows.tolist(), pixels)
-            report(on_step, done, len(tokens))
+            steps.report(done + sum(share))
         return canvas.picture()
 
     def _captions(self, text: str | Sequence[str] | None, count: int) -> list[str] | None:
@@ -345,6 +386,30 @@ class ImageTokenizer(Tokenizer):
         if len(captions) != count:
             raise InvalidInput(f"{len(captions)} captions were given for {count} pictures")
         return captions
+
+
+class _Steps:
+    """Tells `on_step` how far `decode` has come: in steps of the decoder, or pictures where it has none."""
+
+    def __init__(self, on_step: OnStep | None, num_pictures: int, arguments: dict, previews: bool):
+        self.on_step, self.num_pictures, self.previews = on_step, num_pictures, previews
+        self.per_picture = next((getattr(value, "total_steps", None) for value in arguments.values()), None)
+
+    def report(self, pictures: float, preview: Tensor | None = None) -> None:
+        """So many pictures are done."""
+        per_picture = self.per_picture or 1
+        report(self.on_step, int(pictures * per_picture), self.num_pictures * per_picture, preview)
+
+    def within(self, done: float, count: float, previews: bool = True) -> dict:
+        """What `decode_ids` takes to report its steps: of `count` pictures, after `done` others."""
+        if self.on_step is None or self.per_picture is None:
+            return {}
+
+        def on_step(step: int, total: int, preview: Tensor | None = None) -> None:
+            if step < total:  # the last one is told with the picture
+                self.report(done + count * step / total, preview)
+
+        return {"on_step": on_step} | ({"previews": True} if previews and self.previews else {})
 
 
 def as_list(images) -> tuple[list, bool]:

@@ -197,6 +197,11 @@ def psnr(a: Tensor, b: Tensor) -> float:
     return math.inf if mse == 0 else -10 * math.log10(mse)
 
 
+def resized_to(image: Image.Image, reference: Image.Image) -> Image.Image:
+    """`image` at the size of `reference` (bicubic), to compare the two: some tokenizers draw larger than they read."""
+    return image if image.size == reference.size else image.resize(reference.size, Image.Resampling.BICUBIC)
+
+
 def list_images(sources: str | Path | Iterable[str | Path]) -> list[Path]:
     """Sorted paths of the pictures in a folder and its subfolders, or in a list of files and folders.
 

@@ -38,6 +38,10 @@ class Classes:
             raise InvalidInput(f"give 1 to {MAX_LABELS} labels, not {len(labels)}")
         return [self.find(label) for label in labels]
 
+    def requests(self, labels: Any) -> list[int | None]:
+        """`find_all`, where None stands for no class."""
+        return [None if number == self.number else number for number in self.find_all(labels)]
+
     def find(self, label: int | str | None) -> int:
         """Class number of one label; None is "no class", text that is no name may be a number."""
         if label is None:

@@ -1,4 +1,4 @@
-"""Prompts: what people write to say which picture they want."""
+"""Prompts: what people write to models. Whatever text reaches a model has passed `check_text`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,23 @@ from .labels import MAX_LABELS
 
 MAX_CHARACTERS = 2000  # of one prompt; models read a few hundred at most
 NO_PROMPT = ""  # stands for a picture of anything
+
+
+def check_text(text: Any, largest: int = MAX_CHARACTERS) -> str:
+    """`text` as it is.
+
+    Raises:
+        InvalidInput: what is no text, control characters (but line breaks and tabs).
+        LimitExceeded: text longer than `largest` characters.
+    """
+    if not isinstance(text, str):
+        raise InvalidInput(f"a prompt is text, not {text!r:.80}")
+    if len(text) > largest:
+        raise LimitExceeded(f"a prompt has {len(text)} characters; at most {largest} are read, so shorten it")
+    for character in text:
+        if character not in "\n\r\t" and unicodedata.category(character) in ("Cc", "Cs"):
+            raise InvalidInput(f"a prompt holds the control character {character!r}; leave it out")
+    return text
 
 
 def read_prompts(prompts: Any) -> list[str]:
@@ -29,14 +46,7 @@ def read_prompts(prompts: Any) -> list[str]:
 def _read_prompt(prompt: Any) -> str:
     if prompt is None:
         return NO_PROMPT
-    if not isinstance(prompt, str):
-        raise InvalidInput(f"a prompt is text, or None for any picture, not {prompt!r:.80}")
-    if len(prompt) > MAX_CHARACTERS:
-        raise LimitExceeded(f"a prompt has {len(prompt)} characters; at most {MAX_CHARACTERS} are read")
-    text = " ".join(prompt.split())
-    for character in text:
-        if unicodedata.category(character) in ("Cc", "Cs"):
-            raise InvalidInput(f"a prompt holds the control character {character!r}; leave it out")
+    text = " ".join(check_text(prompt).split())
     if not text:
         raise InvalidInput("a prompt is empty; write what the picture shows, or give None for any picture")
     return text

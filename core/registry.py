@@ -435,7 +435,8 @@ def _load_folder(folder: Path):
     else:
         weights = read_state_dict(inside(folder, index if (folder / index).is_file() else WEIGHTS))
     model = build(cls, {key: value for key, value in config.items() if not key.startswith("_")}, weights)
-    model.name = folder.resolve().name
+    model.folder = folder.resolve()
+    model.name = model.folder.name
     if hasattr(model, "use_text") and any((folder / file).is_file() for file in TEXT_FILES):
         model.use_text(folder)
     return model

@@ -18,12 +18,17 @@ def check_sizes(largest: int = MAX_SIZE, /, **sizes: int) -> None:
             raise InvalidInput(f"{name}={size!r} must be a whole number from 1 to {largest}")
 
 
-def check_whole(value: Any, what: str, smallest: int, largest: int | None = None) -> int:
-    """`value` as an int, or InvalidInput when it is no whole number in its range; numpy's count as such."""
+def whole(value: Any) -> int | None:
+    """`value` as an int, or None when it is no whole number; numpy's count as such, and bools do not."""
     try:
-        number = None if isinstance(value, bool) else operator.index(value)
+        return None if isinstance(value, bool) else operator.index(value)
     except TypeError:
-        number = None
+        return None
+
+
+def check_whole(value: Any, what: str, smallest: int, largest: int | None = None) -> int:
+    """`value` as an int, or InvalidInput when it is no whole number in its range."""
+    number = whole(value)
     if number is None or number < smallest or (largest is not None and number > largest):
         end = "on" if largest is None else f"to {largest}"
         raise InvalidInput(f"{what}={value!r} must be a whole number from {smallest} {end}")

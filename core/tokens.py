@@ -6,7 +6,6 @@ Shape suffixes: B items, L tokens of the longest item, Q codebooks a position.
 from __future__ import annotations
 
 import math
-import operator
 import re
 import struct
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from .errors import InvalidInput, InvalidTokens, TokenizerMismatch
 from .files import atomic_write, read_limited, shown
+from .sizes import whole
 
 MAX_SIDE = 2**16 - 1  # pixels; JPEG and GIF have the same limit
 MAX_TILES = 2**14 - 1  # in a row or column
@@ -179,9 +179,11 @@ class Tokens:
             raise InvalidInput("only prefixes of the tokens can be taken: tokens[:, :k]")
         if key.stop is None:
             return self
-        count = operator.index(key.stop)
-        if count < 1:
-            raise InvalidInput(f"tokens[:, :{count}] would keep no tokens; keep at least 1")
+        count = whole(key.stop)
+        if count is None or count < 1:
+            raise InvalidInput(
+                f"tokens[:, :{key.stop!r}] would keep no tokens; keep a whole number of them, at least 1"
+            )
         if self.modality == "image" and any(frame.num_tiles > 1 for frame in self.frames):
             raise InvalidInput(f"tiled pictures have no common prefix; use encode(..., tile=True, num_tokens={count})")
         if self.scales and not set(self.lengths.clamp(max=count).tolist()) <= set(accumulate(self.scales)):
@@ -193,9 +195,10 @@ class Tokens:
         """The first k scales of every item, for tokenizers with scales; fewer where an item has fewer."""
         if not self.scales:
             raise InvalidInput(f"tokens of {self.tokenizer} have no scales")
-        if not hasattr(k, "__index__") or not 1 <= operator.index(k) <= len(self.scales):
+        number = whole(k)
+        if number is None or not 1 <= number <= len(self.scales):
             raise InvalidInput(f"up_to_scale takes 1 to {len(self.scales)}, not {k!r}")
-        return self[:, : sum(self.scales[: operator.index(k)])]
+        return self[:, : sum(self.scales[:number])]
 
     @staticmethod
     def cat(parts: Sequence[Tokens]) -> Tokens:

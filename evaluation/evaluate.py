@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..core.errors import InvalidInput
 from ..core.image_tokenizer import as_list
-from ..core.images import fit_square, list_images, read_image, to_pixels
+from ..core.images import fit_square, list_images, read_image, resized_to, to_pixels
 from . import metrics
 from .report import Protocol, Report, set_hash
 
@@ -37,8 +38,9 @@ def evaluate(
 ) -> Report:
     """Reconstruct every picture and measure how near the result is.
 
-    Pictures are brought to the tokenizer's size as its authors do: shorter side to `image_size` (PIL bicubic), centre
-    crop. Bits per pixel count whole `.mtok` files and, beside it, the token ids alone.
+    Pictures are brought to the tokenizer's size in one way for all, so that figures can be compared: shorter side to
+    `image_size` (PIL bicubic), centre crop. What a tokenizer draws at another size is brought to that one, too. Bits
+    per pixel count whole `.mtok` files and, beside it, the token ids alone.
 
     Args:
         images: a folder, or a list of whatever `read_image` takes.
@@ -71,12 +73,15 @@ def evaluate(
     bits: dict[str, list[float]] = {"tokens": [], "file": [], "ids": []}
     features: dict[str, tuple[list, list]] = {"inception": ([], []), "lite0": ([], [])}
     digests: list[str] = []
+    drawn_side = tokenizer.image_size
     start_time = time.perf_counter()
     for start in range(0, len(sources), batch_size):
         squares = _read_squares(sources[start : start + batch_size], tokenizer.image_size, digests, on_error)
         if squares:
             pixels_B3HW = torch.stack([to_pixels(square) for square in squares])
-            decoded_B3HW = _reconstruct(tokenizer, squares, text, options, bits)
+            drawn = _reconstruct(tokenizer, squares, text, options, bits)
+            decoded_B3HW = torch.stack([to_pixels(resized_to(*pair)) for pair in zip(drawn, squares, strict=True)])
+            drawn_side = drawn[0].width
             sums["psnr"].append(metrics.psnr_per_image(decoded_B3HW, pixels_B3HW))
             sums["ssim"].append(metrics.ssim_per_image(decoded_B3HW, pixels_B3HW))
             if lpips:
@@ -110,7 +115,7 @@ def evaluate(
         num_items=len(digests),
         set_sha256=set_hash(digests),
         preprocessing=f"shorter side to {tokenizer.image_size} px (PIL bicubic), centre crop",
-        postprocessing="clamped to [0, 1], rounded to 8 bit",
+        postprocessing="clamped to [0, 1], rounded to 8 bit" + _resized(drawn_side, tokenizer.image_size),
         metrics="PSNR and SSIM (11-pixel Gaussian window, RGB) per picture, then averaged",
         settings={} if text is None else {"caption": text},
         feature_nets={net.name: net.sha256 for net in (lpips, inception, lite0) if net},
@@ -151,20 +156,22 @@ def _read_squares(sources: Sequence, size: int, digests: list[str], on_error) ->
     return squares
 
 
-def _reconstruct(tokenizer, squares: list, text: str | None, options: dict, bits: dict) -> Tensor:
-    """Pixels of the 8-bit pictures that a user would get, fp32 [B, 3, H, W]; counts tokens and bits on the way."""
+def _reconstruct(tokenizer, squares: list, text: str | None, options: dict, bits: dict) -> list[Image.Image]:
+    """The pictures that a user would get; counts tokens and bits on the way."""
     captions = {} if text is None else {"text": text}
     if tokenizer.is_continuous:
-        pictures = tokenizer.reconstruct(squares, as_tensor=True, batch_size=len(squares), **captions, **options)
-    else:
-        tokens = tokenizer.encode(squares, batch_size=len(squares), **options)
-        pictures = tokenizer.decode(tokens, as_tensor=True, batch_size=len(squares), **captions)
-        for index in range(len(tokens)):
-            item = tokens[index]
-            bits["tokens"].append(float(item.lengths[0]))
-            bits["file"].append(8.0 * item.num_bytes)
-            bits["ids"].append(float(item.lengths[0]) * item.bits_per_token)
-    return (torch.stack(list(pictures)).clamp(0, 1) * 255).round() / 255
+        return tokenizer.reconstruct(squares, batch_size=len(squares), **captions, **options)
+    tokens = tokenizer.encode(squares, batch_size=len(squares), **options)
+    for item in tokens:
+        bits["tokens"].append(float(item.lengths[0]))
+        bits["file"].append(8.0 * item.num_bytes)
+        bits["ids"].append(float(item.lengths[0]) * item.bits_per_token)
+    return tokenizer.decode(tokens, batch_size=len(squares), **captions)
+
+
+def _resized(drawn_side: int, side: int) -> str:
+    """What the protocol says of a tokenizer that draws at another size than it reads."""
+    return "" if drawn_side == side else f", resized from {drawn_side} to {side} px (PIL bicubic)"
 
 
 def _add_rfid(figures: dict, notes: list[str], originals_NF: np.ndarray, decoded_NF: np.ndarray) -> None:

@@ -1,7 +1,8 @@
 """Rate against distortion of one picture: this tokenizer at several lengths, beside JPEG and WebP.
 
-All curves are measured on the same reference: the square that the tokenizer reads (`fit_square`), or, with `tile`, the
-picture at its own size. Bytes are those of whole files: the `.mtok` with its header, the JPEG or WebP with theirs.
+All curves are measured on the same reference: the square that the tokenizer reads (its `fit`), or, with `tile`, the
+picture at its own size. A tokenizer that draws at another size is compared after resizing (bicubic). Bytes are those of
+whole files: the `.mtok` with its header, the JPEG or WebP with theirs.
 JPEG and WebP cannot go below a few hundred bytes at full size, so they are also tried on a reduced picture that is
 scaled back up, which is what one would do at such rates; of all settings only the best at each size is kept.
 """
@@ -16,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 from ..core.errors import InvalidInput
-from ..core.images import fit_square, psnr, read_image, to_pixels
+from ..core.images import fit_square, psnr, read_image, resized_to, to_pixels
 from .plot import Curve, plot_curves
 
 CODECS = ("jpeg", "webp")
@@ -155,7 +156,7 @@ def _encode(image: Image.Image, codec: str, quality: int) -> bytes:
 def _point(
     num_bytes: int, reference: Image.Image, decoded: Image.Image, num_tokens: int | None, setting: str
 ) -> RatePoint:
-    value = psnr(to_pixels(decoded), to_pixels(reference))
+    value = psnr(to_pixels(resized_to(decoded, reference)), to_pixels(reference))
     return RatePoint(num_bytes, 8 * num_bytes / (reference.width * reference.height), value, num_tokens, setting)
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from ..core.errors import InvalidInput, TokenizerMismatch
+from ..core.errors import InvalidInput
 from ..core.generator import GeneratorOutput, ImageGenerator, check_flag, check_number, check_steps
 from ..core.labels import check_class_names
 from ..core.sizes import MAX_DEPTH, check_sizes
@@ -94,6 +94,14 @@ class MaskGIT(ImageGenerator):
     @property
     def num_units(self) -> int:
         return self.config.num_tokens
+
+    @property
+    def lengths(self) -> tuple[int]:
+        return (self.config.num_tokens,)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.codebook_size
 
     @property
     def unit_grid(self) -> None:
@@ -296,34 +304,6 @@ class MaskGIT(ImageGenerator):
             conditional, unconditional = self._hidden(ids_2BL, positions_BK.repeat(2, 1)).chunk(2)
             hidden_BKW = conditional + weight * (conditional - unconditional)
         return self.lm_head(hidden_BKW).float()
-
-    # The tokenizer's side.
-
-    def encode_content(self, pixels_B3HW: Tensor) -> Tensor:
-        return self.tokenizer.encode_pixels(pixels_B3HW)
-
-    def decode_content(self, ids_BN: Tensor) -> Tensor:
-        return self.tokenizer.decode_ids(ids_BN)
-
-    def check_content(self, content: Tensor) -> Tensor:
-        """`content` as ids [B, N], or InvalidInput."""
-        ids_BN = content[None] if content.ndim == 1 else content
-        size, codes = self.config.num_tokens, self.config.codebook_size
-        if ids_BN.ndim != 2 or ids_BN.shape[1] != size or ids_BN.dtype != torch.int64:
-            raise InvalidInput(f"{self.name} edits ids int64 [B, {size}], got {content.dtype} {list(content.shape)}")
-        if ids_BN.numel() and not 0 <= int(ids_BN.min()) <= int(ids_BN.max()) < codes:
-            raise InvalidInput(f"ids must lie in [0, {codes}), got {int(ids_BN.min())} to {int(ids_BN.max())}")
-        return ids_BN
-
-    def check_tokenizer(self, tokenizer) -> None:
-        ours = (self.config.num_tokens, self.config.codebook_size)
-        if tokenizer.is_continuous or (tokenizer.max_tokens, tokenizer.vocab_size) != ours:
-            its = "continuous latents"
-            if not tokenizer.is_continuous:
-                its = f"{tokenizer.max_tokens} tokens of {tokenizer.vocab_size} codes"
-            raise TokenizerMismatch(
-                f"{self.name} makes {ours[0]} tokens of {ours[1]} codes, {tokenizer.name} has {its}"
-            )
 
     def bytes_per_image(self, settings: MaskGITSettings) -> int:
         """Logits, noise and activations of both branches, and the decoded pixels with what leads to them, in fp32."""

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +25,8 @@ from torch import Tensor, nn
 
 from ..core.base import Model, OnStep, check_callback, report
 from ..core.companion import Companion, check_companion, load_companion
-from ..core.errors import InvalidInput, LimitExceeded, TokenizerMismatch, nearest_names
-from ..core.generator import GeneratorOutput, check_number, image_seeds
+from ..core.errors import InvalidInput, LimitExceeded, TokenizerMismatch
+from ..core.generator import GeneratorOutput, check_number, check_option_names, image_seeds
 from ..core.isosurface import check_resolution
 from ..core.labels import MAX_LABELS, Classes, check_class_names
 from ..core.memory import available_memory, is_out_of_memory
@@ -65,6 +66,7 @@ class NextScale(Model):
     """
 
     modality = "shape"
+    accepts_text = False  # prompts; texts come embedded
 
     @register_to_config
     def __init__(
@@ -318,13 +320,12 @@ class NextScale(Model):
 
     def checked_settings(self, /, guidance: float | None = None, **options) -> NextScaleSettings:
         """`settings`, where an option that there is not is an InvalidInput naming the nearest."""
-        known = list(inspect.signature(self.settings).parameters)
-        for name in options:
-            if name not in known:
-                raise InvalidInput(
-                    f"{self.name} has no option {name!r}.{nearest_names(name, known)} It has {', '.join(known)}."
-                )
+        check_option_names(self, options)
         return self.settings(guidance, **options)
+
+    def options_of(self, settings: NextScaleSettings) -> dict[str, Any]:
+        """The options of a run with `settings`, to give them to `sample` again."""
+        return {name: getattr(settings, name) for name in inspect.signature(self.settings).parameters}
 
     def pack_network(self) -> None:
         """Lay the network's weights out for this processor: the same shapes, sooner; see `ImageGenerator`."""
@@ -365,6 +366,10 @@ class NextScale(Model):
     def label_names(self) -> tuple[str, ...]:
         """Name of each class; empty when there are only numbers."""
         return tuple(self.config.label_names)
+
+    def requests(self, labels) -> list[int | None]:
+        """What is asked for, one a shape: class numbers; None for no class. Raises as `label_ids` does."""
+        return Classes(self.name, self.config.num_classes, self.label_names).requests(labels)
 
     def label_ids(self, labels) -> Tensor:
         """Class numbers int64 [N] of names, numbers and None (no class); one of these, or a list.

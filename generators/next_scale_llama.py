@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,14 @@ class NextScaleLlama(ImageGenerator):
         return tuple(side**2 for side in self.config.sides)
 
     @property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(accumulate(self.scales))
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.codebook_size
+
+    @property
     def num_units(self) -> int:
         """Scales: the first ones of a picture can be kept while finer ones are made anew."""
         return len(self.config.sides)
@@ -243,7 +252,10 @@ class NextScaleLlama(ImageGenerator):
 
     def label_ids(self, prompts) -> PromptIds:
         """A prompt or several (see `read_prompts`) as they are read."""
-        texts = read_prompts(prompts)
+        return self.condition_of(read_prompts(prompts))
+
+    def condition_of(self, texts: Sequence[str]) -> PromptIds:
+        """Any number of prompts as they are read; `NO_PROMPT` is none."""
         return PromptIds(tuple(texts), self.prompt_ids(texts))
 
     # Training.
@@ -400,18 +412,6 @@ class NextScaleLlama(ImageGenerator):
         return sum(self.scales[:number])
 
     # The tokenizer's side.
-
-    def encode_content(self, pixels_B3HW: Tensor) -> Tensor:
-        return self.tokenizer.encode_pixels(pixels_B3HW)
-
-    def decode_content(self, ids_BL: Tensor) -> Tensor:
-        return self.tokenizer.decode_ids(ids_BL)
-
-    def check_content(self, content: Tensor) -> Tensor:
-        """`content` as ids int64 [B, L] of some whole scales, or InvalidInput."""
-        ids_BL = content[None] if content.ndim == 1 else content
-        self.tokenizer.check_ids(ids_BL)
-        return ids_BL
 
     def check_tokenizer(self, tokenizer) -> None:
         ours = (tuple(self.config.sides), self.config.codebook_size, self.config.code_width)

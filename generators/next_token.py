@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from ..core.errors import InvalidInput, TokenizerMismatch
+from ..core.errors import InvalidInput
 from ..core.generator import GeneratorOutput, ImageGenerator, check_number
 from ..core.labels import check_class_names
 from ..core.prompts import read_prompts
@@ -59,12 +59,11 @@ class NextToken(ImageGenerator):
             queries, keys and values, and of all others. last_norm, head_norm: behind the blocks; before the head.
         vocab_size, num_tokens: of the tokenizer.
         num_classes: of a class-conditional model, else 0. text_width: of the encoded texts, else 0.
-        text_length: positions at which longer texts are cut.
+        text_length: positions at which longer texts are cut. text_encoder: the T5 that encoded the texts of training,
+            a folder or one of Google's; None for the authors'.
         condition_dropout: share of the training pictures whose class or text is left out.
         guidance_scale, temperature, top_k, top_p: how to sample when the call does not say.
     """
-
-    text_encoder = TEXT_ENCODER  # hub id or folder, for models that read text
 
     @register_to_config
     def __init__(
@@ -85,6 +84,7 @@ class NextToken(ImageGenerator):
         label_names: tuple[str, ...] = (),
         text_width: int = 0,
         text_length: int = 128,
+        text_encoder: str | None = None,
         dropout: float = 0.0,
         condition_dropout: float = 0.1,
         tokenizer: str | None = None,
@@ -105,6 +105,8 @@ class NextToken(ImageGenerator):
             )
         if num_classes:
             check_class_names(label_names, num_classes)
+        if text_encoder is not None and not isinstance(text_encoder, str):
+            raise InvalidInput(f"text_encoder must be a name or a folder, not {text_encoder!r}")
         if width % num_heads:
             raise InvalidInput(f"width {width} is not divisible by {num_heads} heads")
         if norm not in ("layer", "rms"):
@@ -113,6 +115,8 @@ class NextToken(ImageGenerator):
         self.transformer = NextTokenTransformer(
             shape, vocab_size, num_tokens, num_classes, text_width, last_norm, head_norm
         )
+        self.text_encoder = TEXT_ENCODER if text_encoder is None else text_encoder
+        self._text_features: T5Features | None = None
 
     @property
     def accepts_text(self) -> bool:
@@ -122,6 +126,14 @@ class NextToken(ImageGenerator):
     @property
     def num_units(self) -> int:
         return self.config.num_tokens
+
+    @property
+    def lengths(self) -> range:
+        return range(1, self.config.num_tokens + 1)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
 
     @property
     def unit_grid(self) -> None:
@@ -139,13 +151,18 @@ class NextToken(ImageGenerator):
             InvalidInput: labels or prompts that cannot be read.
             ModelNotFound: the text encoder is not here.
         """
-        return self.encode_text(read_prompts(labels)) if self.accepts_text else super().label_ids(labels)
+        return self.condition_of(read_prompts(labels)) if self.accepts_text else super().label_ids(labels)
 
-    def encode_text(self, texts: list[str]) -> Prompts:
-        """Prompts as `text_encoder` reads them; "" is none."""
-        if not hasattr(self, "_text_features"):
+    def condition_of(self, texts: Sequence[str]) -> Prompts:
+        """Any number of prompts as `text_encoder` reads them; `NO_PROMPT` is none."""
+        if self._text_features is None or self._text_features.path != self.text_encoder:
             self._text_features = T5Features(self.text_encoder, self.config.text_length)
-        return self._text_features(texts)
+        if self._text_features.width != self.config.text_width:
+            raise InvalidInput(
+                f"{self.name} reads texts of {self.config.text_width} channels, and the text encoder "
+                f"{self.text_encoder!r} gives {self._text_features.width}"
+            )
+        return self._text_features(list(texts))
 
     # Training.
 
@@ -296,34 +313,6 @@ class NextToken(ImageGenerator):
 
     def pack_network(self) -> None:
         pack_for_inference(self, self.transformer)
-
-    # The tokenizer's side.
-
-    def encode_content(self, pixels_B3HW: Tensor) -> Tensor:
-        return self.tokenizer.encode_pixels(pixels_B3HW)
-
-    def decode_content(self, ids_BL: Tensor) -> Tensor:
-        return self.tokenizer.decode_ids(ids_BL)
-
-    def check_content(self, content: Tensor) -> Tensor:
-        """`content` as ids [B, L], or InvalidInput."""
-        ids_BL = content[None] if content.ndim == 1 else content
-        size, codes = self.config.num_tokens, self.config.vocab_size
-        if ids_BL.ndim != 2 or not 1 <= ids_BL.shape[1] <= size or ids_BL.dtype != torch.int64:
-            raise InvalidInput(f"{self.name} edits ids int64 [B, {size}], got {content.dtype} {list(content.shape)}")
-        if ids_BL.numel() and not 0 <= int(ids_BL.min()) <= int(ids_BL.max()) < codes:
-            raise InvalidInput(f"ids must lie in [0, {codes}), got {int(ids_BL.min())} to {int(ids_BL.max())}")
-        return ids_BL
-
-    def check_tokenizer(self, tokenizer) -> None:
-        ours = (self.config.num_tokens, self.config.vocab_size)
-        if tokenizer.is_continuous or (tokenizer.max_tokens, tokenizer.vocab_size) != ours:
-            its = "continuous latents"
-            if not tokenizer.is_continuous:
-                its = f"{tokenizer.max_tokens} tokens of {tokenizer.vocab_size} codes"
-            raise TokenizerMismatch(
-                f"{self.name} makes {ours[0]} tokens of {ours[1]} codes, {tokenizer.name} has {its}"
-            )
 
     def bytes_per_image(self, settings: NextTokenSettings) -> int:
         """Cache, logits and activations of both branches, and the decoded pixels with what leads to them, in fp32."""

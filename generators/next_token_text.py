@@ -5,15 +5,18 @@ Shape suffixes: N prompts, M text positions, E text width.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.errors import ModelNotFound
+from ..core.errors import InvalidCheckpoint, ModelNotFound
 
 TEXT_ENCODER = "google/flan-t5-xl"
+KNOWN_ENCODERS = re.compile(r"google/flan-t5-(small|base|large|xl|xxl)")  # that a config may name: nobody else's
 TEXTS_AT_ONCE = 8
 
 
@@ -54,20 +57,23 @@ class Prompts:
 
 
 class T5Features:
-    """A T5 encoder through transformers, from a hub id or a local folder with tokenizer and weights."""
+    """A T5 encoder through transformers: one of Google's Flan-T5, or a local folder with tokenizer and weights.
+
+    Raises:
+        ModelNotFound: it is neither, or not here. InvalidCheckpoint: weights are missing.
+    """
 
     def __init__(self, path: str, max_length: int):
-        from transformers import AutoTokenizer, T5EncoderModel
+        self.path, self.max_length = path, max_length
+        self.tokenizer = _load("AutoTokenizer", path)
+        self.model, report = _load("T5EncoderModel", path, output_loading_info=True)
+        if missing := sorted(report["missing_keys"]):  # which would be drawn at random
+            raise InvalidCheckpoint(f"the text encoder {path!r} lacks {len(missing)} weights, such as {missing[0]}")
+        self.model.eval().requires_grad_(False)
+        self.width: int = self.model.config.d_model  # E
 
-        self.max_length = max_length
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
-            self.model = T5EncoderModel.from_pretrained(path).eval()
-        except (OSError, ValueError, ImportError) as error:
-            raise ModelNotFound(
-                f"the text encoder {path!r} could not be loaded ({error.__class__.__name__}); download {TEXT_ENCODER} "
-                "and set generator.text_encoder to its folder"
-            ) from error
+    def __deepcopy__(self, memo: dict) -> T5Features:
+        return self  # frozen: copies of a generator (its averaged weights, say) share it
 
     @torch.no_grad()
     def __call__(self, texts: list[str]) -> Prompts:
@@ -84,10 +90,21 @@ class T5Features:
         return Prompts(tuple(texts), states_NME[:-1], is_text_NM[:-1], states_NME[-1], is_text_NM[-1])
 
 
-def padded(prompts: Prompts, length: int) -> Prompts:
-    """The same with M = `length`, so that prompts of several calls can be stacked."""
-    missing = length - prompts.is_nothing_M.shape[0]
-    return Prompts(
-        prompts.texts, F.pad(prompts.states_NME, (0, 0, 0, missing)), F.pad(prompts.is_text_NM, (0, missing)),
-        F.pad(prompts.nothing_ME, (0, 0, 0, missing)), F.pad(prompts.is_nothing_M, (0, missing)),
-    )  # fmt: skip
+def encoder_width(path: str) -> int:
+    """E of the T5 encoder in `path`; raises as `T5Features` does."""
+    return _load("T5Config", path).d_model
+
+
+def _load(kind: str, path: str, **options: bool) -> Any:
+    """What `path` holds, by a class of transformers."""
+    import transformers
+
+    if not Path(path).is_dir() and not KNOWN_ENCODERS.fullmatch(path):
+        raise ModelNotFound(f"the text encoder {path!r} is neither a folder nor a Flan-T5, such as {TEXT_ENCODER}")
+    try:
+        return getattr(transformers, kind).from_pretrained(path, trust_remote_code=False, **options)
+    except Exception as error:  # transformers hands on what the libraries below it raise
+        raise ModelNotFound(
+            f"the text encoder {path!r} could not be loaded ({error.__class__.__name__}); download {TEXT_ENCODER} "
+            "and set generator.text_encoder to its folder"
+        ) from error

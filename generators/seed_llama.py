@@ -4,19 +4,18 @@ LLaMA of transformers with 8,192 more words, SEED's codes, and two that open and
 
     <img> 32 codes </img>
 
-wherever it stands. The model only predicts the next token; what it wrote between `<img>` and `</img>` the tokenizer
-draws.
+wherever it stands (`seed_llama_layout.py`). The model only predicts the next token (`seed_llama_sampling.py`); what it
+wrote between `<img>` and `</img>` the tokenizer draws.
 
 Prompts of unequal length are read together, padded on the left, and nobody looks at the padding.
 
-Shape suffixes: B prompts, L tokens, V ids, W width, Q codes of a picture.
+Shape suffixes: B prompts, L tokens, T with those that are still to come, V ids, W width, Q codes of a picture.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +27,18 @@ from torch import Tensor
 from ..core.base import Model, OnStep, check_callback, report
 from ..core.companion import Companion, check_companion, load_companion
 from ..core.errors import InvalidInput, LimitExceeded, ModelNotFound, TokenizerMismatch, nearest_names
-from ..core.generator import Generation, GeneratorOutput, check_flag, check_number, image_seeds
+from ..core.generator import (
+    Generation,
+    GeneratorOutput,
+    check_flag,
+    check_number,
+    check_option_names,
+    image_seeds,
+)  # fmt: skip
 from ..core.image_tokenizer import ImageTokenizer
 from ..core.images import to_pil
 from ..core.memory import available_memory
+from ..core.prompts import read_prompts
 from ..core.registry import TEXT_FILES
 from ..core.sizes import MAX_DEPTH, check_sizes, check_whole
 from ..core.text_tokenizer import read_text_tokenizer
@@ -41,27 +48,12 @@ from ..nn.layers import to_compute, widened
 from ..nn.llama import IGNORED, build_llama, next_token_loss
 from ..nn.modes import in_evaluation_mode
 from .next_scale_sampling import MAX_TEMPERATURE
-from .seed_llama_sampling import ImageVocabulary, WritingSettings, write
+from .seed_llama_layout import PROMPTS, Layout, Reply, prompt_parts
+from .seed_llama_sampling import ImageVocabulary, Reading, WritingSettings, likeliest_picture, write
 
-PROMPTS = {"plain": ("", ""), "vicuna": ("USER: ", "\nASSISTANT:"), "llama2": ("[INST] ", " [/INST]\n")}
-MAX_PROMPT_CHARACTERS, MAX_PROMPTS = 100_000, 1024
+MAX_PROMPTS = 1024
 MAX_TOKENS = 512  # of a reply, unless the call says
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What was written: `parts` are texts, and pictures, or `Tokens` where they were not to be drawn; `ids` are all."""
-
-    parts: list
-    ids: list[int] = field(repr=False)
-
-    @property
-    def text(self) -> str:
-        return "".join(part for part in self.parts if isinstance(part, str))
-
-    @property
-    def images(self) -> list:
-        return [part for part in self.parts if not isinstance(part, str)]
+MAX_BEAMS = 64
 
 
 class SeedLLaMA(Model):
@@ -118,6 +110,7 @@ class SeedLLaMA(Model):
             if not 0 <= number < vocab_size or codes.start <= number < codes.stop:
                 raise InvalidInput(f"{name}={number} must be one of {vocab_size} ids, and no code")
         self.vocabulary = ImageVocabulary(codes, begin_image, end_image, image_tokens)
+        self.layout = Layout(vocab_size, self.vocabulary, begin_text, end_text, padding)
         self.llm = build_llama(
             vocab_size, hidden_size, intermediate_size, num_layers, num_heads, rms_norm_eps, rope_base, max_positions
         )
@@ -144,29 +137,6 @@ class SeedLLaMA(Model):
             labels_BL = ids_BL.masked_fill(ids_BL == self.config.padding, IGNORED)
         logits_BLV = self.logits(self.hidden_states(ids_BL, use_cache=False))
         return GeneratorOutput(next_token_loss(logits_BLV, labels_BL), {})
-
-    def sequence(self, parts: Sequence[Tensor | Sequence[int]], is_whole: bool = True) -> Tensor:
-        """Ids int64 [L] of a document: begin, its parts, and end where it `is_whole`.
-
-        parts: codes of a picture as a tensor int64 [Q], or the ids of a text.
-
-        Raises:
-            InvalidInput: a picture that is not Q codes.
-        """
-        ids = [self.config.begin_text]
-        for part in parts:
-            ids += self.image_ids(part) if isinstance(part, Tensor) else list(part)
-        return torch.tensor([*ids, self.config.end_text] if is_whole else ids)
-
-    def image_ids(self, codes_Q: Tensor) -> list[int]:
-        """Codes of a picture as they stand in a text, opened and closed."""
-        own = self.vocabulary
-        if codes_Q.shape != (own.length,) or not 0 <= int(codes_Q.min()) <= int(codes_Q.max()) < self.config.num_codes:
-            raise InvalidInput(
-                f"a picture is {own.length} codes from 0 to {self.config.num_codes - 1}, got {list(codes_Q.shape)} "
-                f"from {int(codes_Q.min())} to {int(codes_Q.max())}"
-            )
-        return [own.begin, *(codes_Q + own.codes.start).tolist(), own.end]
 
     # Writing.
 
@@ -219,39 +189,36 @@ class SeedLLaMA(Model):
         Each draws from its own `rngs[b]` alone, so that its batch does not matter. `on_token` gets the number of tokens
         written after each.
         """
-        from transformers import DynamicCache
-
         if settings.starts_with_image:
-            begin = torch.tensor([self.vocabulary.begin])
-            prompts = [torch.cat([prompt.cpu(), begin]) for prompt in prompts]
-        longest = max(map(len, prompts))
-        last = longest + settings.max_tokens - int(settings.starts_with_image)
-        if last > self.config.max_positions:
+            prompts = self._before_a_picture(prompts)
+        reading, first_BW = self._read(prompts, settings.max_tokens - int(settings.starts_with_image))
+        return write(reading, self.logits, first_BW, self.vocabulary, settings, rngs, self.config.end_text, on_token)
+
+    @torch.inference_mode()
+    @in_evaluation_mode
+    def likeliest_codes(
+        self, prompts: Sequence[Tensor], num_beams: int, on_token: Callable[[int], None] | None = None
+    ) -> Tensor:
+        """Codes int64 [B, Q] of the picture behind each prompt (int64 [L]) that a search with `num_beams` finds.
+
+        One beam takes the likeliest code every time.
+        """
+        reading, first_BW = self._read(self._before_a_picture(prompts), self.vocabulary.length)
+        return likeliest_picture(reading, self.logits, first_BW, self.vocabulary, num_beams, on_token)
+
+    def _before_a_picture(self, prompts: Sequence[Tensor]) -> list[Tensor]:
+        return [torch.cat([prompt.cpu(), torch.tensor([self.vocabulary.begin])]) for prompt in prompts]
+
+    def _read(self, prompts: Sequence[Tensor], num_more: int) -> tuple[Reading, Tensor]:
+        """Prompts that are read, with room for `num_more` tokens, and hidden states [B, W] of their last tokens."""
+        ids_BL, is_token_BT = self.layout.left_padded(prompts, num_more)
+        if is_token_BT.shape[1] > self.config.max_positions:
             raise LimitExceeded(
-                f"a prompt of {longest} tokens and {settings.max_tokens} more are over the {self.config.max_positions} "
+                f"a prompt of {ids_BL.shape[1]} tokens and {num_more} more are over the {self.config.max_positions} "
                 f"that {self.name} can read; shorten it, or lower max_tokens"
             )
-        ids_BL = torch.full((len(prompts), longest), self.config.padding)
-        is_token_BT = torch.zeros(len(prompts), last, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            ids_BL[row, longest - len(prompt) :] = prompt
-            is_token_BT[row, longest - len(prompt) :] = 1
-        is_token_BT = is_token_BT.to(self.device)
-        position_BT = (is_token_BT.cumsum(dim=1) - 1).clamp(min=0)
-        cache, length = DynamicCache(), 0
-
-        def hidden_of(ids_BN: Tensor) -> Tensor:
-            nonlocal length
-            start, length = length, length + ids_BN.shape[1]
-            hidden_BNW = self.hidden_states(
-                ids_BN.to(self.device), past_key_values=cache, use_cache=True,
-                attention_mask=is_token_BT[:, :length], position_ids=position_BT[:, start:length],
-            )  # fmt: skip
-            return hidden_BNW[:, -1]
-
-        return write(
-            hidden_of, self.logits, hidden_of(ids_BL), self.vocabulary, settings, rngs, self.config.end_text, on_token
-        )
+        reading = Reading(self.hidden_states, is_token_BT.to(self.device))
+        return reading, reading(ids_BL)
 
     @torch.inference_mode()
     def generate(
@@ -284,7 +251,7 @@ class SeedLLaMA(Model):
             LimitExceeded: a prompt that is too long, or a batch that does not fit in memory.
             ModelNotFound: the text tokenizer is not here, or the image decoder where pictures are to be drawn.
         """
-        rows = [prompts] if isinstance(prompts, (str, tuple)) else list(prompts)
+        rows = list(prompts) if isinstance(prompts, list) else [prompts]
         if not 1 <= len(rows) <= MAX_PROMPTS:
             raise InvalidInput(f"give 1 to {MAX_PROMPTS} prompts, not {len(rows)}")
         settings = self.checked_settings(**options)
@@ -323,6 +290,7 @@ class SeedLLaMA(Model):
         steps: int | None = None,
         guidance: float | None = 5.0,
         negative: bool = True,
+        num_beams: int = 1,
         temperature: float = 1.0,
         top_p: float = 0.5,
         batch_size: int = 4,
@@ -333,39 +301,53 @@ class SeedLLaMA(Model):
         Args:
             negative: guide drawing away from the picture that the model writes without any text, as the authors
                 evaluate. steps, guidance: of the tokenizer's image decoder.
-            seed, temperature, top_p, batch_size, on_step: see `generate`.
+            num_beams: search the likeliest picture with so many beams (the authors evaluate with 4) and leave nothing
+                to chance; 1 draws the codes by `seed`, `temperature` and `top_p`.
+            batch_size, on_step: see `generate`.
 
         Returns a `Generation` whose content are the codes int64 [N, Q]; its labels are the numbers of the texts.
         """
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        if not texts or not all(isinstance(text, str) for text in texts):
-            raise InvalidInput(f"texts must be one text or a list of them, not {texts!r:.80}")
+        texts = read_prompts(texts)
         tokenizer, length = self.tokenizer, self.vocabulary.length
+        num_beams = check_whole(num_beams, "num_beams", 1, MAX_BEAMS)
         arguments = tokenizer.decoding_arguments(steps=steps, guidance=guidance)
         seeds = image_seeds(seed, len(texts))
-        options = {"max_tokens": length + 2, "max_images": 1, "starts_with_image": True}
-        settings = {"temperature": temperature, "top_p": top_p}
-        replies = self.generate(
-            texts, seed=seeds, draw_images=False, batch_size=batch_size, on_step=on_step, **options, **settings
-        )
-        codes_NQ = torch.cat([reply.images[0].ids for reply in replies])
+        if num_beams > 1:
+            codes_NQ = self._searched(texts, num_beams, batch_size, on_step)
+        else:
+            replies = self.generate(
+                texts, seed=seeds, draw_images=False, batch_size=batch_size, on_step=on_step, temperature=temperature,
+                top_p=top_p, max_tokens=length + 2, max_images=1, starts_with_image=True,
+            )  # fmt: skip
+            codes_NQ = torch.cat([reply.images[0].ids for reply in replies])
         none_1Q = None
         if negative:
-            greedy = self.settings(**options, temperature=0.0)
-            bare = self.generate_ids([torch.tensor([self.config.begin_text])], greedy, [torch.Generator()])
-            none_1Q = torch.tensor([bare[0][1 : length + 1]]) - self.vocabulary.codes.start
+            none_1Q = self.likeliest_codes([torch.tensor([self.config.begin_text])], num_beams)
         images: list[Image.Image] = []
         for rows in codes_NQ.split(batch_size):
             pixels = tokenizer.decode_ids(rows.to(self.device), negative_ids=none_1Q, **arguments)
             images += [to_pil(picture) for picture in pixels.clamp(0, 1).cpu()]
         return Generation(images, codes_NQ, list(range(len(texts))), seeds)
 
+    def _searched(self, texts: list[str], num_beams: int, batch_size: int, on_step: OnStep | None) -> Tensor:
+        """Codes int64 [N, Q] on the CPU that `likeliest_codes` finds for each text."""
+        batch_size, length = min(check_whole(batch_size, "batch_size", 1), len(texts)), self.vocabulary.length
+        check_callback(on_step)
+        ids = [self.prompt_ids(text) for text in texts]
+        self.check_memory(batch_size * num_beams, max(map(len, ids)) + length + 1)
+        batches = [ids[first : first + batch_size] for first in range(0, len(ids), batch_size)]
+        codes = []
+        for number, batch in enumerate(batches):
+
+            def show(step: int, done: int = number * length) -> None:
+                report(on_step, done + step, len(batches) * length)
+
+            codes.append(self.likeliest_codes(batch, num_beams, show).cpu())
+        return torch.cat(codes)
+
     def checked_settings(self, **options) -> WritingSettings:
         """`settings`, where an option that there is not is an InvalidInput naming the nearest."""
-        known = list(inspect.signature(self.settings).parameters)
-        for name in options:
-            if name not in known:
-                raise InvalidInput(f"{self.name} has no option {name!r}.{nearest_names(name, known)}")
+        check_option_names(self, options)
         return self.settings(**options)
 
     def check_memory(self, batch_size: int, tokens: int) -> None:
@@ -381,22 +363,8 @@ class SeedLLaMA(Model):
 
     def prompt_ids(self, prompt) -> Tensor:
         """Ids int64 [L] of a prompt, in the form that this model was tuned with; see `generate`."""
-        parts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, (tuple, list)) else None
-        if not parts:
-            raise InvalidInput(f"a prompt is a text, or a tuple of texts and pictures, not {prompt!r:.80}")
-        before, after = PROMPTS[self.config.prompt]
-        texts = [part for part in parts if isinstance(part, str)]
-        if len(texts) == len(parts) and not any(text.strip() for text in texts):
-            raise InvalidInput("the prompt is empty")
-        if sum(map(len, texts)) > MAX_PROMPT_CHARACTERS:
-            raise LimitExceeded(f"a prompt of more than {MAX_PROMPT_CHARACTERS} characters is not read")
-        pieces: list[Any] = []
-        for part in (before, *parts, after):
-            if isinstance(part, str) and pieces and isinstance(pieces[-1], str):
-                pieces[-1] += part
-            else:
-                pieces.append(part)
-        return self.sequence([self._piece(piece) for piece in pieces], is_whole=False)
+        pieces = [self._piece(piece) for piece in prompt_parts(prompt, self.config.prompt)]
+        return self.layout.sequence(pieces, is_whole=False)
 
     def _piece(self, piece) -> Tensor | list[int]:
         if isinstance(piece, str):
@@ -408,43 +376,19 @@ class SeedLLaMA(Model):
         return tokens.ids[0]
 
     def text_ids(self, text: str) -> list[int]:
-        """Ids of a text, none of them a picture's: control characters are left out."""
-        readable = "".join(c for c in text if c.isprintable() or c in "\n\t").encode("utf-8", "ignore").decode()
-        ids = self.text_tokenizer.encode(readable, add_special_tokens=False).ids if readable else []
-        own = self.vocabulary
-        return [i for i in ids if i < self.config.vocab_size and not self._is_picture(i) and i != own.begin]
-
-    def _is_picture(self, token: int) -> bool:
-        own = self.vocabulary
-        return own.codes.start <= token < own.codes.stop or token == own.end
+        """Ids of a text, none of them a picture's; see `Layout.text_ids`."""
+        return self.layout.text_ids(text, self.text_tokenizer) if text else []
 
     def reply(self, ids: Sequence[int], draw_images: bool = False, drawing: dict[str, Any] | None = None) -> Reply:
         """Ids that were written as texts and pictures. A picture that is not whole is left out."""
-        own, parts, text = self.vocabulary, [], []
-        at = 0
-        while at < len(ids):
-            if ids[at] != own.begin:
-                text.append(ids[at])
-                at += 1
-                continue
-            if text:
-                parts.append(self._text(text))
-                text = []
-            end = at + 1
-            while end < len(ids) and own.codes.start <= ids[end] < own.codes.stop:
-                end += 1
-            codes = [i - own.codes.start for i in ids[at + 1 : end]]
-            if len(codes) == own.length:
-                tokens = self.image_tokens(torch.tensor([codes]))
+        parts = []
+        for part in self.layout.parts(ids):
+            if isinstance(part, Tensor):
+                tokens = self.image_tokens(part[None])
                 parts.append(self.tokenizer.decode(tokens, **(drawing or {})) if draw_images else tokens)
-            at = end + (end < len(ids) and ids[end] == own.end)
-        if text:
-            parts.append(self._text(text))
-        return Reply([part for part in parts if not isinstance(part, str) or part], list(ids))
-
-    def _text(self, ids: list[int]) -> str:
-        special = {self.config.begin_text, self.config.end_text, self.config.padding}
-        return self.text_tokenizer.decode([i for i in ids if i not in special and not self._is_picture(i)])
+            elif part and (text := self.text_tokenizer.decode(part)):
+                parts.append(text)
+        return Reply(parts, list(ids))
 
     def image_tokens(self, codes_1Q: Tensor) -> Tokens:
         """Codes of one picture, int64 [1, Q], as the tokenizer's `Tokens`."""

@@ -4,7 +4,8 @@ A picture is `<img>`, then so many codes, then `</img>`. Within a span only code
 closing token; outside, no code is. So every picture is whole, and for most of its tokens the head computes the rows of
 the codes alone.
 
-Shape suffixes: B prompts, L tokens of a prompt, V ids.
+Shape suffixes: B prompts, K beams of each, R rows (prompts, or the beams of all), N tokens, T all of a row, W width,
+V ids, C choices, Q codes of a picture.
 """
 
 from __future__ import annotations
@@ -44,6 +45,35 @@ class WritingSettings:
     max_images: int
     starts_with_image: bool
     top_k: int = 0
+
+
+class Reading:
+    """Rows that are read a few tokens at a time, with a cache of what was read before.
+
+    hidden_states: of ids int64 [R, N] by `LlamaModel`'s options. is_token_RT: int64 of 0 (padding) and 1, for all
+    tokens that are ever read.
+    """
+
+    def __init__(self, hidden_states: Callable[..., Tensor], is_token_RT: Tensor):
+        from transformers import DynamicCache
+
+        self.hidden_states, self.is_token_RT = hidden_states, is_token_RT
+        self.cache, self.length = DynamicCache(), 0
+
+    def __call__(self, ids_RN: Tensor) -> Tensor:
+        """Read N more tokens of each row: hidden states [R, W] of the last ones."""
+        start, self.length = self.length, self.length + ids_RN.shape[1]
+        position_RT = (self.is_token_RT.cumsum(dim=1) - 1).clamp(min=0)
+        hidden_RNW = self.hidden_states(
+            ids_RN.to(self.is_token_RT.device), past_key_values=self.cache, use_cache=True,
+            attention_mask=self.is_token_RT[:, : self.length], position_ids=position_RT[:, start : self.length],
+        )  # fmt: skip
+        return hidden_RNW[:, -1]
+
+    def select(self, rows_R: Tensor) -> None:
+        """Go on with these rows (int64) of those that there are; one may be taken several times."""
+        self.cache.reorder_cache(rows_R)
+        self.is_token_RT = self.is_token_RT[rows_R]
 
 
 class Spans:
@@ -105,7 +135,7 @@ def draw(logits_BV: Tensor, settings: WritingSettings, rngs: Sequence[torch.Gene
 
 
 def write(
-    hidden_of: Callable[[Tensor], Tensor],
+    reading: Reading,
     logits_of: Callable[[Tensor, slice], Tensor],
     first_BW: Tensor,
     vocabulary: ImageVocabulary,
@@ -117,9 +147,9 @@ def write(
     """The tokens of each reply, without the one that ends it.
 
     Args:
-        hidden_of: hidden_of(ids [B, 1]) reads one more token of each row and gives hidden states [B, W].
+        reading: has read the prompts (and `<img>`, where replies start with a picture).
         logits_of: the head, [B, W] to fp32 [B, V] over the ids in a slice.
-        first_BW: hidden states behind the prompts (and behind `<img>`, where replies start with a picture).
+        first_BW: hidden states of the last tokens that it read.
         on_token: called with the number of tokens there are after each.
     """
     batch = len(rngs)
@@ -158,5 +188,38 @@ def write(
             on_token(step + 1)
         if not any(is_open):
             break
-        hidden_BW = hidden_of(torch.tensor(tokens, device=hidden_BW.device)[:, None])
+        hidden_BW = reading(torch.tensor(tokens, device=hidden_BW.device)[:, None])
     return replies
+
+
+def likeliest_picture(
+    reading: Reading,
+    logits_of: Callable[[Tensor, slice], Tensor],
+    first_BW: Tensor,
+    vocabulary: ImageVocabulary,
+    num_beams: int,
+    on_token: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Codes int64 [B, Q] behind `<img>`: the likeliest that a beam search finds, one beam taking the likeliest code.
+
+    All beams are as long as a picture, so none ends early and sums of log-probabilities can be compared as they are.
+
+    The arguments are those of `write`, and `reading` has read `<img>`.
+    """
+    hidden_RW, batch = first_BW, len(first_BW)
+    device = hidden_RW.device
+    score_BK = torch.zeros(batch, 1, device=device)
+    codes_BKQ = torch.zeros(batch, 1, 0, dtype=torch.int64, device=device)
+    for step in range(vocabulary.length):
+        beams = score_BK.shape[1]
+        chance_BKV = logits_of(hidden_RW, vocabulary.codes).log_softmax(dim=-1).unflatten(0, (batch, beams))
+        sums_BC = (score_BK[:, :, None] + chance_BKV).flatten(1)
+        score_BK, choice_BK = sums_BC.topk(min(num_beams, sums_BC.shape[1]), dim=1)
+        parent_BK, code_BK1 = choice_BK // chance_BKV.shape[2], (choice_BK % chance_BKV.shape[2])[..., None]
+        codes_BKQ = torch.cat([codes_BKQ.take_along_dim(parent_BK[..., None], dim=1), code_BK1], dim=2)
+        if on_token is not None:
+            on_token(step + 1)
+        if step + 1 < vocabulary.length:
+            reading.select((torch.arange(batch, device=device)[:, None] * beams + parent_BK).flatten())
+            hidden_RW = reading(code_BK1.flatten(0, 1) + vocabulary.codes.start)
+    return codes_BKQ[:, 0]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +19,13 @@ from torch import Tensor
 from ..core.errors import InvalidRecipe, TokenizerMismatch, nearest_names
 from ..core.images import to_pixels
 from ..core.registry import ENTRIES, constructor_arguments, find_entry, load
+from ..generators.next_scale_llama import NextScaleLlama
+from ..generators.next_token import NextToken
+from ..generators.next_token_text import encoder_width
 from ..generators.text_pieces import pieces_of
 from ..nn.shared_mapping_vq import SharedMappingQuantizer
 from .build import config_of, construct
+from .code_start import start_from_codes
 from .data import derived_seed
 from .generator_data import (
     EncodedPictures,
@@ -54,6 +59,8 @@ class GeneratorTrainer(Trainer):
             self.raw_model.use_tokenizer(self.tokenizer)
         except TokenizerMismatch as error:
             raise InvalidRecipe(f"tokenizer: {error}") from error
+        if config is None and recipe.model.init_from is None and isinstance(self.raw_model, NextToken | NextScaleLlama):
+            start_from_codes(self.raw_model, self.tokenizer.quantize)
         if recipe.model.near_codes is not None:
             self.raw_model.train_with_near_codes(self.tokenizer.quantize.codebook(), recipe.model.near_codes)
 
@@ -90,12 +97,12 @@ class GeneratorTrainer(Trainer):
         seed = derived_seed(self.recipe.run.seed, self.step, self.accelerator.process_index, micro)
         rng = torch.Generator().manual_seed(seed)
         content = to_content(stored.to(self.device), self.tokenizer, rng)
-        output = self.model(content, self.condition(labels_B.to(self.device)), rng)
+        output = self.model(content, self.condition(labels_B), rng)
         return output.loss, output.metrics | {"total_loss": output.loss.detach()}
 
-    def condition(self, labels_B: Tensor) -> Tensor:
-        """What the model reads of class numbers."""
-        return labels_B
+    def condition(self, labels_B: Tensor) -> Any:
+        """What the model reads of class numbers, on this run's device."""
+        return labels_B.to(self.device)
 
     def shown_labels(self, number: int) -> list:
         """What the first `number` pictures of the log are asked for by."""
@@ -108,7 +115,7 @@ class GeneratorTrainer(Trainer):
         size = self.recipe.run.batch_size
         for stored, labels_B in zip(self.val_stored.split(size), self.val_labels.split(size), strict=True):
             content = to_content(stored.to(self.device), self.tokenizer, rng)
-            output = model(content, self.condition(labels_B.to(self.device)), rng)
+            output = model(content, self.condition(labels_B), rng)
             for name, value in (output.metrics | {"loss": output.loss}).items():
                 totals[name] = totals.get(name, 0.0) + float(value) * len(stored) / len(self.val_stored)
         return {f"val_{name}": value for name, value in totals.items()}
@@ -144,7 +151,13 @@ def what_follows(tokenizer, recipe: GeneratorRecipe, names: list[str]) -> dict:
     if recipe.model.class_name == "NextToken":
         if tokenizer.is_continuous:
             raise InvalidRecipe(f"tokenizer {recipe.tokenizer} has continuous latents; NextToken needs tokens")
-        return facts | {"vocab_size": tokenizer.vocab_size, "num_tokens": tokenizer.max_tokens}
+        facts |= {"vocab_size": tokenizer.vocab_size, "num_tokens": tokenizer.max_tokens}
+        encoder = recipe.model.text_encoder
+        if encoder is None:
+            return facts
+        return facts | {
+            "num_classes": 0, "label_names": (), "text_width": encoder_width(encoder), "text_encoder": encoder,
+        }  # fmt: skip
     if getattr(tokenizer, "latent_shape", None) is None:
         raise InvalidRecipe(f"tokenizer {recipe.tokenizer} has no latent map; xAR needs a KL autoencoder")
     channels, grid, _ = tokenizer.latent_shape
@@ -177,22 +190,25 @@ def build_generator(
 
 
 def take_weights(fresh, model, wider: dict[str, list[str]]) -> None:
-    """Copy the weights of `model` into `fresh`, its classes by name.
+    """Copy the weights of `model` into `fresh`, its classes (where there are any) by name.
 
     A new class begins as the first of its `wider` classes that `model` knows, or as "no class" stands.
 
     Raises:
         InvalidRecipe: other shapes than those of the class table differ.
     """
-    table, rows = fresh.class_rows()
     given, own = model.state_dict(), fresh.state_dict()  # `own` shares its memory with the parameters
-    row_of = {label: rows.start + number for number, label in enumerate(model.label_names)}
-    known = [[name for name in (label, *wider.get(label, ())) if name in row_of] for label in fresh.label_names]
-    kept = [row_of[names[0]] if names else -1 for names in known]  # "no class" is the last row
-    given[table] = torch.cat([given[table][: rows.start], given[table][[*kept, -1]]])
+    if not fresh.accepts_text:
+        table, rows = fresh.class_rows()
+        row_of = {label: rows.start + number for number, label in enumerate(model.label_names)}
+        known = [[name for name in (label, *wider.get(label, ())) if name in row_of] for label in fresh.label_names]
+        kept = [row_of[names[0]] if names else -1 for names in known]  # "no class" is the last row
+        given[table] = torch.cat([given[table][: rows.start], given[table][[*kept, -1]]])
     for name, value in own.items():
         if name not in given or given[name].shape != value.shape:
-            raise InvalidRecipe(f"model.init_from was trained for another tokenizer: the shape of its {name} differs")
+            raise InvalidRecipe(
+                f"model.init_from was trained for other tokens or texts: the shape of its {name} differs"
+            )
         value.copy_(given[name])
 
 
@@ -214,7 +230,7 @@ def generator_trainer(recipe: GeneratorRecipe) -> GeneratorTrainer:
         from .next_scale_training import NextScaleTrainer  # builds on this module
 
         return NextScaleTrainer(recipe)
-    if recipe.model.class_name == "NextScaleLlama":
+    if recipe.model.class_name == "NextScaleLlama" or recipe.model.text_encoder is not None:
         from .text_to_image import TextToImageTrainer  # builds on this module
 
         return TextToImageTrainer(recipe)

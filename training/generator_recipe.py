@@ -25,6 +25,7 @@ class GeneratorModelRecipe(Section):
     like: a name from `mediatok models` whose sizes are taken. init_from: a folder in our layout to start from; classes
     that both know keep what was learned, new ones begin as their pictures' class in the label field before stands.
     near_codes: MaskGIT's `train_with_near_codes` with this temperature; None for hard targets.
+    text_encoder: a T5 (its folder, or google/flan-t5-small and the like); NextToken then reads names as prompts.
     """
 
     class_name: Literal["MaskGIT", "XAR", "NextToken", "NextScaleLlama"]
@@ -32,11 +33,14 @@ class GeneratorModelRecipe(Section):
     config: dict[str, Any] = {}  # noqa: RUF012
     init_from: Path | None = None
     near_codes: Annotated[float, Field(gt=0)] | None = None
+    text_encoder: str | None = None
 
     @model_validator(mode="after")
-    def _has_codes(self):
+    def _fits_its_class(self):
         if self.near_codes is not None and self.class_name != "MaskGIT":
             raise ValueError(f"near_codes is for MaskGIT; {self.class_name} has no codes")
+        if self.text_encoder is not None and self.class_name != "NextToken":
+            raise ValueError(f"text_encoder is for NextToken; {self.class_name} has none")
         return self
 
 

@@ -22,8 +22,7 @@ from ..core.meshes import BOX_FILL
 from ..core.registry import load
 from ..core.shape_tokenizer import ShapeTokenizer
 from ..evaluation.render import render_mesh
-from ..generators.next_scale import NextScale
-from .code_start import projected_codes
+from .code_start import start_from_codes
 from .data import SampleOrder, batch_positions
 from .generator import GeneratorTrainer, build_generator
 from .next_scale_recipe import NextScaleDataRecipe
@@ -33,7 +32,6 @@ from .tracker import Tracker
 logger = logging.getLogger(__name__)
 PICTURE_SIZE = 128  # pixels a side of the pictures in the log
 ENCODED_AT_ONCE = 32
-HEAD_SIZE = 0.6  # deviation of the first logits
 VIEW, LABEL = 1, 2  # what a random number at a place is for
 
 
@@ -57,7 +55,7 @@ class NextScaleTrainer(GeneratorTrainer):
         config = None if state is None else state["model_config"]
         self.raw_model = build_generator(recipe.model, facts, config).to(self.device).train()
         if config is None and recipe.model.init_from is None and not self.tokenizer.quantize.lookup_free:
-            start_from_codes(self.raw_model, self.tokenizer.quantize.codebook)
+            start_from_codes(self.raw_model, self.tokenizer.quantize)
         try:
             self.raw_model.use_tokenizer(self.tokenizer)
         except TokenizerMismatch as error:
@@ -86,13 +84,6 @@ class NextScaleTrainer(GeneratorTrainer):
         meshes = model.generate([*range(columns)] * 2, seed=0, resolution=run.sample_resolution)
         pictures = [torch.from_numpy(render_mesh(mesh, PICTURE_SIZE)).permute(2, 0, 1).float() / 255 for mesh in meshes]
         tracker.grid(self.step, torch.stack(pictures).unflatten(0, (2, columns)))
-
-
-@torch.no_grad()
-def start_from_codes(model: NextScale, codebook_VC: Tensor) -> None:
-    """Let alike codes begin with alike chances: the rows of the head become the codes themselves, turned at random."""
-    head = model.transformer.head
-    head.weight.copy_(projected_codes(codebook_VC, head.in_features, HEAD_SIZE * head.in_features**-0.5))
 
 
 class LabelledShapes:

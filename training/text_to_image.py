@@ -1,11 +1,14 @@
-"""Training text-to-image generators over scales: the loop of `generator.py`, where the classes are captions.
+"""Training text-to-image generators: the loop of `generator.py`, where the classes are captions.
 
-What a picture is called in the label fields is its prompt, and "no class" is no prompt.
+What a picture is called in the label fields is its prompt, and "no class" is no prompt. Every prompt is read once,
+before the first step.
 
-Shape suffixes: B batch, P prefix tokens, N classes.
+Shape suffixes: B batch.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor
 
@@ -14,14 +17,14 @@ from .generator import GeneratorTrainer
 
 
 class TextToImageTrainer(GeneratorTrainer):
-    """A `NextScaleLlama`'s run."""
+    """A run of what reads text: a `NextScaleLlama`, or a `NextToken` with a text encoder."""
 
     def build_models(self, state: dict | None) -> None:
         super().build_models(state)
-        self.prefix_NP = self.raw_model.prompt_ids([*self.folder.labels.names, NO_PROMPT]).to(self.device)
+        self.prompts = self.raw_model.condition_of([*self.folder.labels.names, NO_PROMPT])
 
-    def condition(self, labels_B: Tensor) -> Tensor:
-        return self.prefix_NP[labels_B]
+    def condition(self, labels_B: Tensor) -> Any:
+        return self.prompts[labels_B].to(self.device)
 
     def shown_labels(self, number: int) -> list[str]:
         return self.folder.labels.names[:number]

@@ -60,4 +60,4 @@ def replay_sequence(replay: Replay) -> None:
         words = place - 1 - number * (length + 2)
         parts += [text[used:words], image]
         used = words
-    replay.check("sequence", model.sequence([*parts, text[used:]]))
+    replay.check("sequence", model.layout.sequence([*parts, text[used:]]))

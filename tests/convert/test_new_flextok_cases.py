@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import mediatok as mt
@@ -287,6 +288,23 @@ def test_bad_configs_are_named(tmp_path, reason, place):
         (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises((InvalidCheckpoint, mt.InvalidInput), match=reason):
         mt.load(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["config.json", "header"])
+@pytest.mark.parametrize("at", ["encoder", "vae", "regularizer", "decoder/module_dict/dec_transformer"])
+@pytest.mark.parametrize("key", ["_target_", "_partial_", "_args_", "__class__"])
+def test_named_code_is_not_imported(tmp_path, monkeypatch, place, at, key):
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = changed(f"{at}/{key}", "evil.Evil")
+    save_file(WEIGHTS, tmp_path / "model.safetensors", header(config) if place == "header" else None)
+    if place == "config.json":
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(InvalidCheckpoint, match=rf"{at.replace('/', '.')}\.{key}' names code.*evil.*read as data only"):
+        mt.load(tmp_path)
+    assert sorted(tmp_path.iterdir()) == before
+    assert "evil" not in sys.modules
 
 
 def test_bad_weights_are_named(tmp_path):

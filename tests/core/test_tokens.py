@@ -93,7 +93,7 @@ def test_prefix(make_tokens):
     assert make_tokens([4], codebooks=3)[:, :2].ids.shape == (1, 2, 3)
 
 
-@pytest.mark.parametrize("count", [0, -1])
+@pytest.mark.parametrize("count", [0, -1, 2.5, True, "2"])
 def test_prefix_keeps_a_token(make_tokens, count):
     with pytest.raises(mt.InvalidInput, match="at least 1"):
         make_tokens([3])[:, :count]
@@ -200,7 +200,7 @@ def test_up_to_scale(make_tokens):
     assert torch.equal(tokens.up_to_scale(2).ids, tokens.ids[:, :5])
 
 
-@pytest.mark.parametrize("k", [0, 4, -1, 1.0, None])
+@pytest.mark.parametrize("k", [0, 4, -1, 10**30, 1.0, True, "2", None])
 def test_scales_that_are_not_there(make_tokens, k):
     with pytest.raises(mt.InvalidInput, match="1 to 3"):
         make_tokens([14], scales=(1, 4, 9)).up_to_scale(k)

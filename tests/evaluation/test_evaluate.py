@@ -58,6 +58,22 @@ def test_fewer_tokens_are_counted(tokenizer, folder):
     assert report.figures["bits per pixel (ids alone)"] == pytest.approx(2 * 6 / 32**2)
 
 
+def grey_of_side(side):
+    """A `decode_ids` that draws grey pictures of `side` pixels."""
+    return lambda ids_BL, lengths_B=None: torch.full((len(ids_BL), 3, side, side), 0.5)
+
+
+def test_larger_drawings_are_compared_at_the_size_that_is_read(tokenizer, folder, monkeypatch):
+    monkeypatch.setattr(tokenizer, "decode_ids", grey_of_side(32))
+    expected = mt.evaluate(tokenizer, folder)
+    monkeypatch.setattr(tokenizer, "decode_ids", grey_of_side(96))
+    report = mt.evaluate(tokenizer, folder)
+    assert report.figures == expected.figures
+    assert report.protocol.preprocessing == expected.protocol.preprocessing
+    assert report.protocol.postprocessing.endswith("resized from 96 to 32 px (PIL bicubic)")
+    assert "resized" not in expected.protocol.postprocessing
+
+
 def test_set_hash_depends_on_content_alone(tokenizer, folder, tmp_path):
     first = mt.evaluate(tokenizer, folder).protocol.set_sha256
     other = tmp_path / "renamed"

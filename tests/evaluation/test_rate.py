@@ -69,6 +69,16 @@ def test_tiles_are_measured_on_the_whole_picture(tokenizer, picture):
     assert "tiles" in point.setting
 
 
+def test_larger_drawings_are_compared_at_the_size_that_is_read(tokenizer, picture, monkeypatch):
+    for side in (32, 96):
+        grey = torch.full((1, 3, side, side), 0.5)
+        monkeypatch.setattr(tokenizer, "decode_ids", lambda ids_BL, lengths_B=None, grey=grey: grey)
+        (point,) = mt.rate_curve(tokenizer, picture, [12])
+        expected = mt.psnr(torch.full((3, 32, 32), 128 / 255), to_pixels(fit_square(picture, 32)))
+        assert point.psnr == pytest.approx(expected, abs=1e-4)
+        assert point.bits_per_pixel == pytest.approx(8 * point.bytes / 32**2)
+
+
 @pytest.mark.parametrize("codec", ["jpeg", "webp"])
 def test_codec_curve_keeps_the_best_settings(picture, codec):
     points = mt.codec_curve(picture, codec)

@@ -95,6 +95,7 @@ def test_the_first_scales_can_stay(gen):
     [
         ("", InvalidInput, "empty"), ("  \n ", InvalidInput, "empty"), ("a" * 10_000, LimitExceeded, "characters"),
         ("a\x00b", InvalidInput, "control character"), (7, InvalidInput, "prompt is"), ([], InvalidInput, "prompts"),
+        (b"a", InvalidInput, "prompt is"), (["a", 1.5], InvalidInput, "prompt is"), ("\ud800", InvalidInput, "control"),
     ],
 )  # fmt: skip
 def test_bad_prompts(gen, prompt, error, reason):
@@ -103,7 +104,14 @@ def test_bad_prompts(gen, prompt, error, reason):
 
 
 @pytest.mark.parametrize(
-    "options", [{"steps": 4}, {"steps": 0}, {"guidance": -1}, {"top_k": -1}, {"top_p": 2.0}, {"temperature": -1.0}]
+    "options",
+    [
+        *({"steps": steps} for steps in (0, -1, 4, 10**30, 2.0, True, "3")),
+        {"guidance": -1},
+        {"top_k": -1},
+        {"top_p": 2.0},
+        {"temperature": -1.0},
+    ],
 )
 def test_bad_options(gen, options):
     with pytest.raises(InvalidInput, match=next(iter(options))):

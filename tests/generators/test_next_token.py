@@ -1,9 +1,11 @@
 """Next-token generators: caches, batches and kept tokens change nothing; classes and texts condition; any length."""
 
+import copy
+
 import mediatok as mt
 import pytest
 import torch
-from mediatok.core.errors import InvalidInput, LimitExceeded, ModelNotFound, TokenizerMismatch
+from mediatok.core.errors import InvalidCheckpoint, InvalidInput, LimitExceeded, ModelNotFound, TokenizerMismatch
 from mediatok.generators.next_token import NextToken, NextTokenSettings
 from mediatok.generators.next_token_text import Prompts
 from mediatok.tokenizers.image.one_d_piece import OneDPiece
@@ -202,10 +204,27 @@ def test_text_goes_through_a_t5_encoder(tmp_path):
     encoded = model.label_ids(["red cat", "cat"])
     assert encoded.tolist() == ["red cat", "cat"]
     assert encoded.states_NME.shape == (2, 2, 12)
-    model.text_encoder = str(tmp_path / "nowhere")
-    del model._text_features
-    with pytest.raises(ModelNotFound, match="text encoder"):
-        model.label_ids("cat")
+    copied = copy.deepcopy(model)
+    assert copied._text_features is model._text_features  # copies share it
+    for wrong in (str(tmp_path / "nowhere"), "somebody/t5", "/etc/passwd"):
+        model.text_encoder = wrong
+        with pytest.raises(ModelNotFound, match="neither a folder nor a Flan-T5"):
+            model.label_ids("cat")
+    model.save_pretrained(tmp_path / "m")
+    again = mt.load(tmp_path / "m")
+    assert again.text_encoder == "google/flan-t5-xl"
+    again.text_encoder = str(tmp_path)
+    assert torch.equal(again.label_ids(["red cat", "cat"]).states_NME, encoded.states_NME)
+    other = build(**TEXT | {"text_width": 16, "text_encoder": str(tmp_path)})
+    with pytest.raises(InvalidInput, match=r"texts of 16 channels.*gives 12"):
+        other.label_ids("cat")
+    again._text_features = None
+    T5Config(vocab_size=5, d_model=12, d_kv=4, d_ff=16, num_layers=2, num_heads=2).save_pretrained(tmp_path)
+    with pytest.raises(InvalidCheckpoint, match=r"lacks \d+ weights, such as encoder\.block\.1"):
+        again.label_ids("cat")
+    (tmp_path / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ModelNotFound, match="could not be loaded"):
+        again.label_ids("cat")
 
 
 @pytest.mark.parametrize("bad", ["", "  ", "a\x07b", 3, ["x", b"y"], []])
@@ -218,10 +237,13 @@ def test_prompts_are_checked(bad):
 
 def test_what_cannot_be_is_said(generator):
     for bad in ({"num_heads": 3}, {"depth": 0}, {"norm": "batch"}, {"num_classes": 0}, {"text_width": 8},
-                {"width": 10**9}, {"hidden": 0}):  # fmt: skip
+                {"width": 10**9}, {"hidden": 0}, {"text_encoder": 3}):  # fmt: skip
         with pytest.raises(InvalidInput):
             build(**bad)
-    for bad in ({"steps": 0}, {"steps": 7}, {"guidance": -1.0}, {"temperature": 99}, {"top_k": -1}, {"top_p": 2.0},
+    for steps in (0, -1, 7, 10**30, 2.0, True, "3"):
+        with pytest.raises(InvalidInput, match=r"steps=.* must be a whole number from 1 to 6"):
+            generator.sample("cat", steps=steps)
+    for bad in ({"guidance": -1.0}, {"temperature": 99}, {"top_k": -1}, {"top_p": 2.0},
                 {"sampler": "ode"}):  # fmt: skip
         with pytest.raises(InvalidInput):
             generator.sample("cat", **bad)

@@ -1,5 +1,6 @@
 """SEED-LLaMA: texts and pictures in, texts and pictures out; every picture whole, whatever the batch."""
 
+import itertools
 import json
 
 import mediatok as mt
@@ -197,6 +198,54 @@ def test_draw(model):
     assert painter.negatives is None
 
 
+def log_chances(model, prompts):
+    """Sums of log-probabilities of every possible picture behind each prompt, without cache or padding: [B, 12^4]."""
+    pictures = torch.tensor([*itertools.product(range(CODES), repeat=LENGTH)])
+    sums = []
+    for prompt in prompts:
+        known, chances = torch.cat([prompt, torch.tensor([BEGIN])]), torch.zeros(1)
+        for place in range(LENGTH):
+            prefixes = torch.tensor([*itertools.product(range(CODES), repeat=place)], dtype=torch.int64)
+            ids = torch.cat([known.expand(len(prefixes), -1), prefixes + TEXT], dim=1)
+            hidden = model.hidden_states(ids, use_cache=False)[:, -1]
+            step = model.logits(hidden, model.vocabulary.codes).log_softmax(dim=-1)
+            chances = (chances[:, None] + step).flatten()
+        sums.append(chances)
+    return pictures, torch.stack(sums)
+
+
+@torch.no_grad()
+def test_beams_find_the_likeliest_picture(model):
+    prompts = [model.prompt_ids("a"), model.prompt_ids("what is here"), torch.tensor([1])]
+    pictures, sums = log_chances(model, prompts)
+    whole = model.likeliest_codes(prompts, CODES ** (LENGTH - 1))  # nothing is ever left out
+    assert torch.equal(whole, pictures[sums.argmax(dim=1)])
+
+    def chance(codes):
+        places = (codes * CODES ** torch.arange(LENGTH - 1, -1, -1)).sum(dim=1)
+        return sums.gather(1, places[:, None])[:, 0]
+
+    found = {beams: model.likeliest_codes(prompts, beams) for beams in (1, 4)}
+    for row, prompt in enumerate(prompts):  # left padding changes nothing
+        for beams, codes in found.items():
+            assert torch.equal(model.likeliest_codes([prompt], beams)[0], codes[row])
+    assert bool((chance(found[1]) < chance(whole) + 1e-5).all())
+    assert bool((chance(found[4]) >= chance(found[1]) - 1e-5).all())
+    settings = model.settings(LENGTH + 2, 0.0, max_images=1, starts_with_image=True)
+    greedy = [reply[1 : LENGTH + 1] for reply in model.generate_ids(prompts, settings, rngs(0, 0, 0))]
+    assert (found[1] + TEXT).tolist() == greedy
+
+
+def test_beams_draw(model):
+    steps = []
+    options = {"num_beams": 4, "batch_size": 2, "on_step": lambda *step, preview=None: steps.append(step)}
+    made = model.draw(["a cat", "a dog", "here"], seed=3, **options)
+    again = model.draw(["here"], seed=8, num_beams=4)
+    assert torch.equal(again.content[0], made.content[2])
+    assert again.images[0].tobytes() == made.images[2].tobytes()
+    assert steps == [(number, 2 * LENGTH) for number in range(1, 2 * LENGTH + 1)]
+
+
 def test_training_loss(model):
     batch = torch.randint(3, END + 1, (2, 9), generator=torch.Generator().manual_seed(0))
     batch[1, 6:] = 0
@@ -213,20 +262,36 @@ def test_training_loss(model):
     ("prompt", "message"),
     [
         ("", "empty"), ("  \n", "empty"), ((), "tuple"), (3, "a prompt is"), (("",), "empty"),
-        ("a" * 200_000, "characters"), ("a" * 150, "200"), (("a", b"no picture"), "picture"),
+        ("a" * 200_000, "characters"), ("a" * 10_000, "10018 tokens and 60 more"), ("a" * 150, "200"),
+        (("a", b"no picture"), "picture"), ("a\0b", r"control character '\\x00'"), ("a\x1b[0m", "control character"),
+        (("a", "\ud800"), "control character"), (None, "a prompt is"), (b"a", "a prompt is"), (1.5, "a prompt is"),
     ],
 )  # fmt: skip
 def test_bad_prompts(model, prompt, message):
-    with pytest.raises((mt.InvalidInput, TypeError), match=message) as error:
-        model.generate([prompt], max_tokens=60)
-    assert isinstance(error.value, mt.MediatokError)
+    for prompts in ([prompt], prompt):
+        with pytest.raises(mt.InvalidInput, match=message):
+            model.generate(prompts, max_tokens=60)
 
 
-def test_control_characters_and_image_words_are_left_out(model):
-    assert model.text_ids("a\0b\x07\ud800c") == model.text_ids("abc")
+@pytest.mark.parametrize("text", ["", " ", None, 3, b"a", ["a", 3], [], "a" * 10_000, "a\0"])
+def test_bad_texts_to_draw(model, text):
+    with pytest.raises(mt.InvalidInput, match="prompt"):
+        model.draw(text)
+
+
+@pytest.mark.parametrize("num_beams", [0, -1, 1.5, True, "4", 65, 10**30])
+def test_bad_beams(model, num_beams):
+    with pytest.raises(mt.InvalidInput, match=r"num_beams=.* must be a whole number from 1 to 64"):
+        model.draw("a", num_beams=num_beams)
+
+
+def test_image_words_are_left_out(model):
     tokenizer = text_tokenizer()
-    tokenizer.add_tokens(["<img_0>"])
-    assert all(i < TEXT for i in model.text_ids("<img> a </img>"))
+    tokenizer.add_tokens([f"<{number}>" for number in range(TEXT + 30)])
+    own, model._text_tokenizer = model._text_tokenizer, tokenizer
+    assert any(i >= TEXT for i in tokenizer.encode(f"<{TEXT}> a <{BEGIN}>").ids)
+    assert all(i < TEXT for i in model.text_ids(f"<{TEXT}> a <{BEGIN}>"))
+    model._text_tokenizer = own
 
 
 @pytest.mark.parametrize(
@@ -304,6 +369,20 @@ def test_released_folder(model, tmp_path):
 
 def test_language_model_without_image_vocabulary(model, tmp_path):
     released_folder(tmp_path / "plain", model)
-    (tmp_path / "plain" / "added_tokens.json").unlink()
-    with pytest.raises(mt.InvalidCheckpoint, match="54 ids and not the image vocabulary"):
+    file = tmp_path / "plain" / "added_tokens.json"
+    added = json.loads(file.read_text())
+    file.unlink()
+    with pytest.raises(mt.InvalidCheckpoint, match=r"54 ids and not the image vocabulary.*take a SEED-LLaMA"):
         mt.load(tmp_path / "plain")
+    without = {name: number for name, number in added.items() if name.startswith("<img_")}
+    for wrong, reason in (
+        ({"<pad>": 50}, "lacks <img_00000>, <img>, </img>.*take a SEED-LLaMA"),
+        (without, "lacks <img>, </img>"),
+        (added | {"<img_00003>": 7}, "in a row, and <img_00003> is 7"),
+        ({name: number for name, number in added.items() if name != "<img_00003>"}, "<img_00003> is None"),
+        (added | {"<img_00000>": "40"}, "must be a whole number"),
+        (added | {"</img>": END + 1}, "54 ids and not the image vocabulary"),
+    ):
+        file.write_text(json.dumps(wrong))
+        with pytest.raises(mt.InvalidCheckpoint, match=reason):
+            mt.load(tmp_path / "plain")

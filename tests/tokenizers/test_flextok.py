@@ -113,6 +113,27 @@ def test_steps_report_and_guidance_may_depend_on_time(tokenizer):
     assert times == [1.0, 0.75, 0.5, 0.25]
 
 
+def test_decoding_is_watched_step_by_step_and_can_be_stopped(tokenizer, picture):
+    tokens, seen = tokenizer.encode([picture] * 3), []
+    watched = tokenizer.decode(
+        tokens, steps=3, batch_size=2, previews=True, on_step=lambda *args, preview: seen.append((*args, preview))
+    )
+    assert [pair[:2] for pair in seen] == [(2, 9), (4, 9), (6, 9), (7, 9), (8, 9), (9, 9)]
+    assert {tuple(preview.shape) for _, _, preview in seen} == {(3, 8, 8)}
+    plain = tokenizer.decode(tokens, steps=3, batch_size=2)
+    assert [one.tobytes() for one in watched] == [one.tobytes() for one in plain]
+    quiet = []
+    tokenizer.decode(tokens[0], steps=3, on_step=lambda *args, preview: quiet.append(preview is None))
+    assert quiet == [True, True, False]  # previews cost a decoding of latents each
+
+    def stop(step, total, preview=None):
+        raise mt.Cancelled("stopped")
+
+    with pytest.raises(mt.Cancelled):
+        tokenizer.decode(tokens, steps=100, on_step=stop)
+    assert tokenizer.decoding_defaults() == {"steps": 2, "guidance": 2.0, "norm_guidance": True, "seed": 0}
+
+
 def test_encoding_takes_the_mean_or_a_draw(tokenizer):
     pixels = torch.rand(1, 3, 8, 8)
     draws = [tokenizer.encode_pixels(pixels, None, torch.Generator().manual_seed(s), sample=True) for s in (0, 0, 1)]
@@ -198,6 +219,18 @@ def test_options_are_checked(tokenizer, picture, options):
     if "step" not in options:  # which is no option of encoding either
         with pytest.raises(mt.InvalidInput, match=next(iter(options))):
             tokenizer.reconstruct(picture, num_tokens=2, **options)
+
+
+@pytest.mark.parametrize("k", [0, -1, 9, 10**30, 2.0, 2.5, True, "2", math.nan])
+def test_numbers_of_tokens_that_are_not_there(tokenizer, picture, k):
+    for call in (tokenizer.encode, tokenizer.reconstruct):
+        with pytest.raises(mt.InvalidInput, match=r"num_tokens=.* is out of range; tiny-flextok has 1 to 8 tokens"):
+            call(picture, num_tokens=k)
+    with pytest.raises(mt.InvalidInput, match="1 to 8 tokens"):
+        tokenizer.encode_pixels(torch.rand(1, 3, 8, 8), k)
+    if k not in (9, 10**30):  # a prefix of more than all tokens is all
+        with pytest.raises(mt.InvalidInput, match="at least 1"):
+            tokenizer.encode(picture)[:, :k]
 
 
 def test_what_cannot_be_is_said(tokenizer):

@@ -1,5 +1,7 @@
 """What every image tokenizer does for its users: batches, lengths, budgets, tiles, `.mtok`, and clear refusals."""
 
+import re
+
 import mediatok as mt
 import numpy as np
 import pytest
@@ -126,10 +128,22 @@ def test_fixed_length_tokenizers_say_so(titok, picture):
     assert titok.encode(picture, num_tokens=16, tile=True).lengths[0] % 16 == 0
 
 
-@pytest.mark.parametrize("options", [{"num_tokens": 0}, {"num_tokens": 17}, {"target_psnr": -1}, {"max_bytes": 1}])
-def test_options_out_of_range_are_refused(one_d_piece, picture, options):
-    with pytest.raises(mt.InvalidInput):
-        one_d_piece.encode(picture, **options)
+WRONG = {
+    "num_tokens": [0, -1, 17, 10**30, 2.5, 4.0, True, "4", [4]], "max_bytes": [1, 0, -3, 60.0, True, "60"],
+    "target_psnr": [-1, 0, 100, float("nan"), True, "20"], "batch_size": [0, -1, 1.5, True, "2"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name in WRONG for value in WRONG[name]])
+def test_options_out_of_range_are_refused(one_d_piece, picture, name, value):
+    with pytest.raises(mt.InvalidInput, match=re.escape(f"{name}={value!r}")):
+        one_d_piece.encode(picture, **{name: value})
+
+
+def test_numbers_of_numpy_are_numbers(one_d_piece, picture):
+    assert one_d_piece.encode(picture, num_tokens=np.int64(3), batch_size=np.int32(2)).ids.shape == (1, 3)
+    with pytest.raises(mt.InvalidInput, match="batch_size=0"):
+        one_d_piece.decode(one_d_piece.encode(picture), batch_size=0)
     with pytest.raises(mt.InvalidInput, match="alone"):
         one_d_piece.encode(picture, num_tokens=3, target_psnr=20)
 

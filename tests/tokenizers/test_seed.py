@@ -118,7 +118,7 @@ def test_small_decoder_draws(drawing_seed, pixels):
     pictures = drawing_seed.decode(tokens, steps=3, as_tensor=True, on_step=lambda *args, **_: steps.append(args))
     assert len(pictures) == 3
     assert pictures[0].shape == (3, 16, 16)
-    assert steps[-1] == (3, 3)
+    assert steps == [(3, 9), (6, 9), (9, 9)]  # three of each of three pictures, which go together
     alone = drawing_seed.decode(tokens[1], steps=3, as_tensor=True)
     torch.testing.assert_close(alone, pictures[1], atol=1e-5, rtol=0)  # whatever the batch
     assert (pictures[0] - pictures[1]).abs().max() > 1e-3

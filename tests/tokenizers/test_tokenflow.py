@@ -1,5 +1,7 @@
 """TokenFlow: any number of scales, features, bad input, training passes, and files of its authors."""
 
+import os
+
 import mediatok as mt
 import pytest
 import torch
@@ -140,16 +142,36 @@ def test_released_sizes(name):
     assert model.max_tokens == {"tokenflow-b": 817, "tokenflow-xl": 2227}[name]
 
 
+@pytest.mark.parametrize("k", [0, -1, 4, 10**30, 1.0, True, "2", None])
+def test_numbers_of_scales_and_tokens_that_are_not_there(tok, picture, k):
+    with pytest.raises(InvalidInput, match=r"1 to 3, not"):
+        tok.encode(picture).up_to_scale(k)
+    if k is not None:  # which means all tokens
+        with pytest.raises(InvalidInput, match=r"num_tokens=.* 1 to 21|end within a scale"):
+            tok.encode(picture, num_tokens=k)
+
+
 class Hostile:
+    """Unpickling it would make a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
     def __reduce__(self):
-        return (print, ("run",))
+        return (os.mkdir, (str(self.folder),))
 
 
-def test_a_file_with_code_is_refused(tmp_path, capsys):
-    torch.save({"model": {"quant_conv.weight": Hostile()}}, tmp_path / "tokenflow_clipb_32k_enhanced.pt")
-    with pytest.raises(InvalidCheckpoint, match="It was not run"):
-        mt.load(tmp_path / "tokenflow_clipb_32k_enhanced.pt")
-    assert "run" not in capsys.readouterr().out
+@pytest.mark.parametrize("file", ["tokenflow_clipb_32k_enhanced.pt", "renamed.pt"])
+@pytest.mark.parametrize("place", ["beside", "inside"])
+def test_a_file_with_code_is_refused_and_not_run(tmp_path, file, place):
+    weights = {"quantize.embedding_vqkd.weight": torch.zeros(4, 3)}
+    hostile = Hostile(tmp_path / "was_run")
+    saved = {"model": weights, "args": hostile} if place == "beside" else {"model": weights | {"x": hostile}}
+    torch.save(saved, tmp_path / file)
+    for load in (mt.load, mt.convert.load_official):
+        with pytest.raises(InvalidCheckpoint, match=r"names code \('\w+\.mkdir'\)\. It was not run"):
+            load(tmp_path / file)
+    assert [path.name for path in tmp_path.iterdir()] == [file]
 
 
 @pytest.mark.parametrize("wrapping", ["ema", "model", "state_dict"])

@@ -22,6 +22,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
+from ...core.base import OnStep, report
 from ...core.errors import InvalidInput
 from ...core.generator import MAX_SEED, check_flag, check_number, check_steps
 from ...core.image_tokenizer import ImageTokenizer
@@ -76,6 +77,7 @@ class FlexTok(ImageTokenizer):
     fingerprint_weights = ("encoder.head", "encoder.registers", "vae.vae.quant_conv")  # the decoder may be fine-tuned
     _keep_in_fp32_modules = ["quantize", "vae"]  # noqa: RUF012  as the authors run it
     decoding_option_names = ("steps", "guidance", "norm_guidance", "seed")
+    shows_steps = True
 
     @register_to_config
     def __init__(
@@ -209,12 +211,24 @@ class FlexTok(ImageTokenizer):
         lengths_B: Tensor | None = None,
         settings: FlowSettings | None = None,
         noise_BCGW: Tensor | None = None,
+        on_step: OnStep | None = None,
+        previews: bool = False,
     ) -> Tensor:
         """Pixels fp32 [B, 3, H, W], nominally in [0, 1] but not clamped, of int64 `ids_BK`.
 
-        `lengths_B` gives each row's own length; what lies behind it is ignored. See `decode_to_latents`.
+        `lengths_B` gives each row's own length; what lies behind it is ignored. See `decode_to_latents`. `on_step` is
+        called as on_step(step, total, preview=...); with `previews`, [3, H, W] in [0, 1] of what the last one comes to.
         """
-        return self.vae.decode_latents(self.decode_to_latents(ids_BK, lengths_B, settings, noise_BCGW))
+        settings = self.decoding_settings() if settings is None else settings
+
+        def show(step: int, latents_BCGW: Tensor) -> None:
+            preview = None
+            if previews and step < settings.steps:
+                preview = self.vae.decode_latents(latents_BCGW[-1:])[0].clamp(0, 1).cpu()
+            report(on_step, step, settings.steps, preview)
+
+        watched = None if on_step is None else show
+        return self.vae.decode_latents(self.decode_to_latents(ids_BK, lengths_B, settings, noise_BCGW, watched))
 
     def decode_to_latents(
         self,
@@ -227,7 +241,8 @@ class FlexTok(ImageTokenizer):
         """Scaled latents fp32 [B, C, G, W] of int64 `ids_BK`.
 
         settings: default `decoding_settings()`. noise_BCGW: where to start, of one row for all or one for each; default
-        that of the settings' seed. on_step: called with the number of finished steps and the latents after each.
+        that of the settings' seed. on_step: called after each step with its number and the latents that the flow would
+        come to if it went straight on.
         """
         self.check_ids(ids_BK, lengths_B)
         settings = self.decoding_settings() if settings is None else settings
@@ -261,7 +276,7 @@ class FlexTok(ImageTokenizer):
                 x_BCGW = x_BCGW - velocity_BCGW / settings.steps
                 done += 1
                 if on_step is not None:
-                    on_step(done, x_BCGW)
+                    on_step(done, x_BCGW - (1 - done / settings.steps) * velocity_BCGW)
         return x_BCGW
 
     # Training (section 3.2 of the paper; what it leaves open is as public trainings have it).

@@ -32,6 +32,10 @@ class FlowSettings:
     norm_guidance: bool
     seed: int
 
+    @property
+    def total_steps(self) -> int:
+        return self.steps
+
     def guidance_at(self, time: float) -> float:
         """The scale at a time; it may be a function of the time (in Python only)."""
         return float(self.guidance(time)) if callable(self.guidance) else self.guidance

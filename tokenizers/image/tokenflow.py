@@ -183,6 +183,16 @@ class TokenFlow(ImageTokenizer):
         signed_B3HW = self.decoder(self.post_quant_conv(pixel_BCGG))
         return (resize_bicubic(signed_B3HW, self.image_size) + 1) / 2
 
+    def code_vectors(self, ids_BL: Tensor) -> Tensor:
+        """The pairs of codes of int64 ids, fp32 [B, L, C], each part of unit length."""
+        self.check_ids(ids_BL)
+        return self.quantize.codes(ids_BL)
+
+    def decode_embedding(self, ids_BL: Tensor) -> Tensor:
+        """The teacher's features of the whole picture, as far as ids tell: the mean over all places, fp32 [B, T]."""
+        self.check_ids(ids_BL)
+        return self.decode_semantic(self.quantize.sum_of(ids_BL)).float().mean(dim=1)
+
     def decode_semantic(self, sum_BCGG: Tensor) -> Tensor:
         """The teacher's features [B, P, T], as far as sums of codes [B, C, G, G] tell."""
         return self.decode_task_layer(self.decoder_vqkd(sum_BCGG[:, : self.config.semantic_code_width]))
