@@ -16,6 +16,7 @@ from . import cli_audio, cli_pictures, cli_shapes
 from .cli_jobs import DECODED, TOKEN_SUFFIXES, Job, Outcome, plan_jobs
 from .cli_media import AUDIO, MEDIA, MESHES, PICTURES, Files, Medium, Out, check_options, find_medium, medium_of_tokens
 from .cli_models import AsJson, BatchSize, Device, DType, load_tokenizer
+from .cli_settings import merged
 from .cli_shapes import PointSeed, Resolution, UpToScale, shape_options
 
 Model = Annotated[
@@ -31,6 +32,16 @@ TargetPsnr = Annotated[float | None, typer.Option(help="Fewest tokens that reach
 MaxBytes = Annotated[int | None, typer.Option(min=1, help="As many tokens as fit a .mtok file of this size.")]
 Tile = Annotated[bool, typer.Option("--tile", help="Keep the picture's size: code it as overlapping tiles.")]
 Text = Annotated[str | None, typer.Option(help="Caption for text-aware models.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Pictures: steps of decoders that draw; default their own.")]
+Guidance = Annotated[float | None, typer.Option(help="Pictures: how closely such decoders follow the tokens.")]
+Seed = Annotated[
+    int | None,
+    typer.Option(min=0, help="Pictures: of the noise such decoders start with. Meshes: of points on surfaces."),
+]
+DrawSeed = Annotated[int | None, typer.Option(min=0, help="Pictures: of the noise that such decoders start with.")]
+Setting = Annotated[
+    list[str] | None, typer.Option("--set", help="Another setting of the decoder, as norm_guidance=no; repeatable.")
+]
 
 
 def encode(
@@ -52,7 +63,7 @@ def encode(
 
     cat.png becomes cat.mtok beside it; a folder photos becomes a folder photos-tokens; --out names another place.
     """
-    outcome, options = Outcome(), length_options(num_tokens, target_psnr, max_bytes)
+    outcome, options = Outcome(), length_options(num_tokens, target_psnr, max_bytes, up_to_scale)
     medium = find_medium(inputs, model)
     check_options(
         picture_options(num_tokens, target_psnr, max_bytes, tile) | shape_options(seed, up_to_scale=up_to_scale), medium
@@ -73,7 +84,12 @@ def decode(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Name, folder or hub id; default: the one named in the file.")
     ] = None,
+    num_tokens: NumTokens = None,
     text: Text = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    seed: DrawSeed = None,
+    setting: Setting = None,
     resolution: Resolution = None,
     up_to_scale: UpToScale = None,
     batch_size: BatchSize = 8,
@@ -86,7 +102,9 @@ def decode(
     cat.mtok becomes cat.decoded.png beside it, or cat.decoded.wav or .glb; a folder photos becomes a folder
     photos-decoded; --out names another place or format.
     """
-    outcome = Outcome()
+    outcome, decoding = Outcome(), decoding_options(steps, guidance, seed, setting)
+    if num_tokens is not None and up_to_scale is not None:
+        raise InvalidInput("--num-tokens and --up-to-scale both say how many tokens are decoded; give one of them")
     jobs = plan_jobs(
         inputs, out, outcome,
         suffixes=TOKEN_SUFFIXES, output_suffixes=PICTURES.outputs + AUDIO.outputs + MESHES.outputs,
@@ -95,7 +113,10 @@ def decode(
     jobs_of: dict[Medium, list[Job]] = {medium: [] for medium in MEDIA}
     for job in jobs:
         medium = medium_of_tokens(job.source)
-        check_options({"--text": text} | shape_options(None, resolution, up_to_scale), medium)
+        of_pictures = {"--num-tokens": num_tokens, "--text": text} | drawing_options(steps, guidance, setting)
+        check_options(of_pictures | shape_options(None, resolution, up_to_scale), medium)
+        if seed is not None and medium is not PICTURES:
+            raise InvalidInput(f"--seed: {medium.many} are decoded without chance")
         jobs_of[medium].append(job)
     tokenizers: dict[str, object] = {}
 
@@ -112,7 +133,10 @@ def decode(
             raise InvalidInput(f"this holds {tokens.modality} tokens, and {name} is a tokenizer of another kind")
         return tokenizers[name]
 
-    cli_pictures.decode_pictures(jobs_of[PICTURES], outcome, tokenizer_of, text, batch_size)
+    cli_pictures.decode_pictures(
+        jobs_of[PICTURES], outcome, tokenizer_of, text, decoding, batch_size, num_tokens=num_tokens,
+        up_to_scale=up_to_scale,
+    )  # fmt: skip
     cli_audio.decode_audio(jobs_of[AUDIO], outcome, tokenizer_of)
     cli_shapes.decode_shapes(jobs_of[MESHES], outcome, tokenizer_of, resolution, up_to_scale)
     outcome.finish(as_json, _line, lambda records: _summary("decoded", records))
@@ -127,7 +151,10 @@ def reconstruct(
     max_bytes: MaxBytes = None,
     tile: Tile = False,
     text: Text = None,
-    seed: PointSeed = None,
+    steps: Steps = None,
+    guidance: Guidance = None,
+    seed: Seed = None,
+    setting: Setting = None,
     resolution: Resolution = None,
     up_to_scale: UpToScale = None,
     batch_size: BatchSize = 8,
@@ -139,12 +166,15 @@ def reconstruct(
 
     cat.png becomes cat.reconstructed.png beside it; a folder photos becomes a folder photos-reconstructed.
     """
-    outcome, options = Outcome(), length_options(num_tokens, target_psnr, max_bytes)
+    outcome, options = Outcome(), length_options(num_tokens, target_psnr, max_bytes, up_to_scale)
     medium = find_medium(inputs, model)
     of_pictures = picture_options(num_tokens, target_psnr, max_bytes, tile, text)
-    check_options(of_pictures | shape_options(seed, resolution, up_to_scale), medium)
+    of_pictures |= drawing_options(steps, guidance, setting)
+    is_pictures = medium is PICTURES
+    check_options(of_pictures | shape_options(None if is_pictures else seed, resolution, up_to_scale), medium)
+    decoding = decoding_options(steps, guidance, seed if is_pictures else None, setting)
     reconstruct_files = {
-        PICTURES: partial(cli_pictures.reconstruct_pictures, options=options, tile=tile, text=text),
+        PICTURES: partial(cli_pictures.reconstruct_pictures, options=options, tile=tile, text=text, decoding=decoding),
         AUDIO: cli_audio.reconstruct_audio,
         MESHES: partial(cli_shapes.reconstruct_shapes, seed=seed, resolution=resolution, up_to_scale=up_to_scale),
     }[medium]
@@ -163,11 +193,16 @@ def choose_model(model: str | None, medium: Medium, options: dict) -> str:
     return model or defaults[medium]
 
 
-def length_options(num_tokens: int | None, target_psnr: float | None, max_bytes: int | None) -> dict:
-    """The options given, as `encode` takes them."""
-    if num_tokens is not None and (target_psnr is not None or max_bytes is not None):
-        raise InvalidInput("--num-tokens fixes the length; give it alone, or --target-psnr and/or --max-bytes")
-    options = {"num_tokens": num_tokens, "target_psnr": target_psnr, "max_bytes": max_bytes}
+def length_options(
+    num_tokens: int | None, target_psnr: float | None, max_bytes: int | None, up_to_scale: int | None = None
+) -> dict:
+    """The options given, as `encode` takes them, and "up_to_scale", which the tokenizer turns into tokens."""
+    for flag, value in (("--num-tokens", num_tokens), ("--up-to-scale", up_to_scale)):
+        others = {"--num-tokens": num_tokens, "--up-to-scale": up_to_scale, "--target-psnr": target_psnr}
+        others["--max-bytes"] = max_bytes
+        if value is not None and any(other is not None for name, other in others.items() if name != flag):
+            raise InvalidInput(f"{flag} fixes the length; give it alone, or --target-psnr and/or --max-bytes")
+    options = {"num_tokens": num_tokens, "target_psnr": target_psnr, "max_bytes": max_bytes, "up_to_scale": up_to_scale}
     return {name: value for name, value in options.items() if value is not None}
 
 
@@ -181,6 +216,19 @@ def picture_options(
     """What only pictures have, by the names of the options."""
     options = {"--num-tokens": num_tokens, "--target-psnr": target_psnr, "--max-bytes": max_bytes}
     return options | {"--tile": tile, "--text": text}
+
+
+def drawing_options(steps: int | None, guidance: float | None, setting: list[str] | None) -> dict[str, object]:
+    """What decoders of pictures alone have, by the names of the options; `--seed` others have, too."""
+    return {"--steps": steps, "--guidance": guidance, "--set": setting or None}
+
+
+def decoding_options(
+    steps: int | None, guidance: float | None, seed: int | None, setting: list[str] | None
+) -> dict[str, object]:
+    """The options given, as `decode` takes them."""
+    given = {"steps": steps, "guidance": guidance, "seed": seed}
+    return merged({name: value for name, value in given.items() if value is not None}, setting or [])
 
 
 # What the records of each kind have, and who puts them into words.

@@ -1,4 +1,4 @@
-"""`mediatok generate`: pictures or meshes of chosen classes from a generator, as files; pictures as one grid, too."""
+"""`mediatok generate`: pictures or meshes of classes or prompts, as files; pictures as one grid, too."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import re
 import shlex
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,14 +17,15 @@ from ..core.errors import InvalidInput
 from .cli_jobs import TOKEN_SUFFIXES, Outcome, make_folder
 from .cli_media import MEDIA, MESHES, PICTURES, Medium, check_options
 from .cli_models import AsJson, BatchSize, Device, DType, load_generator, load_tokenizer
+from .cli_settings import merged
 from .cli_shapes import EmptyShape, Resolution, shape_options, write_generated
 
+Request = int | str | None  # a class, a prompt, or neither
 NO_CLASS = "none"
 FOLDER = Path("generated")
 NAME_LENGTH = 40  # of a label in a file name
 GRID_GAP = 2  # pixels between the pictures of a grid
 UNITS = {PICTURES: "images", MESHES: "meshes"}  # made a second
-FLAGS = {"true": True, "yes": True, "false": False, "no": False}
 FILE_SUFFIX = re.compile(r"\.(?=\d*[a-z])[a-z0-9]{1,5}", re.IGNORECASE)  # "x.gif" names a file, "run.2" does not
 
 
@@ -33,7 +33,11 @@ def generate(
     model: Annotated[str, typer.Argument(help="Generator: name, folder or hub id.")],
     labels: Annotated[
         list[str] | None,
-        typer.Argument(help='Classes by name or number, "none" for no class; default: all classes in turn.'),
+        typer.Argument(help='Classes by name or number, "none" for no class; default: all in turn. Or prompts.'),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", "-p", help="What a picture shows, for generators that read text; repeatable."),
     ] = None,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Results of each label; without, in all.")] = 1,
     seed: Annotated[int | None, typer.Option(help="Of the first result, the others count on; default random.")] = None,
@@ -59,15 +63,18 @@ def generate(
     dtype: DType = "float32",
     as_json: AsJson = False,
 ) -> None:
-    """Make pictures or meshes of chosen classes; the generator says which.
+    """Make pictures or meshes of classes or prompts; the generator says which.
 
-    Files are named by label and seed; a PNG says in its text fields how to make it again.
+    Files are named by label or prompt and seed; a PNG says in its text fields how to make it again.
     """
     if (edit is None) != (keep is None):
         raise InvalidInput("--edit and --keep go together: the picture to change, and what stays of it")
     sampling = _sampling(steps, guidance, option or [])
     units = None if keep is None else parse_units(keep)
     generator = load_generator(model, device, dtype)
+    from ..generators.written_pictures import picture_generator
+
+    generator = picture_generator(generator)
     medium = next(medium for medium in MEDIA if medium.modality == generator.modality)
     of_pictures = {"--steps": steps, "--grid": grid, "--edit": edit, "--keep": keep}
     check_options(of_pictures | shape_options(resolution=resolution), medium)
@@ -83,8 +90,9 @@ def generate(
         "edit": edit, "keep": keep, "resolution": resolution, "tokenizer": tokenizer,
         "dtype": dtype if dtype != "float32" else None,
     }  # fmt: skip
-    plan = _Plan(generator, medium, asdict(generator.checked_settings(**sampling)), shared)
-    classes = _classes(generator, medium, labels, count)
+    plan = _Plan(generator, medium, generator.options_of(generator.checked_settings(**sampling)), shared)
+    asked = _asked(generator, labels, prompt)
+    classes = _requests(generator, medium, asked, count)
     seeds = image_seeds(image_seeds(seed, 1)[0], len(classes))
     if tokens and (grid or generator.tokenizer.is_continuous):
         reason = "a grid has no tokens of its own" if grid else f"{generator.name} makes latents, not tokens"
@@ -116,8 +124,8 @@ def generate(
             if tokens:
                 _tokens(generator, result, index).save(target.with_suffix(TOKEN_SUFFIXES[0]))
     if grid:
-        columns = count if labels and count > 1 else _square(len(pictures))
-        _write(tile(pictures, columns), targets[0], plan.text(classes[::count] if labels else [], count, seeds[0]))
+        columns = count if asked and count > 1 else _square(len(pictures))
+        _write(tile(pictures, columns), targets[0], plan.text(classes[::count] if asked else [], count, seeds[0]))
     outcome.finish(as_json, _line, lambda records: _summary(records, medium))
 
 
@@ -130,33 +138,42 @@ class _Plan:
         self.settings = {name: _short(value) for name, value in settings.items() if value != ()}
         self.shared = {name: str(value) for name, value in shared.items() if value is not None}
 
-    def label(self, number: int) -> str:
-        """Name of a class, or its number where there are no names."""
-        if number == self.generator.config.num_classes:
-            return NO_CLASS
+    def label(self, request: Request) -> str:
+        """Name of a class, or its number where there are no names; a prompt as it is."""
+        if request is None or isinstance(request, str):
+            return request or NO_CLASS
         names = self.generator.label_names
-        return names[number] if names else str(number)
+        return names[request] if names else str(request)
 
-    def file_name(self, number: int, seed: int) -> str:
-        word = re.sub(r"\W+", "-", self.label(number).lower()).strip("-")[:NAME_LENGTH].rstrip("-")
-        return f"{word if word and not word.isdigit() else f'class-{number}'}-{seed}{self.suffix}"
+    def file_name(self, request: Request, seed: int) -> str:
+        word = re.sub(r"\W+", "-", self.label(request).lower()).strip("-")[:NAME_LENGTH].rstrip("-")
+        number = "prompt" if isinstance(request, str) else f"class-{request}"
+        return f"{word if word and not word.isdigit() else number}-{seed}{self.suffix}"
 
-    def record(self, target: Path, number: int, seed: int, seconds: float) -> dict:
+    def record(self, target: Path, request: Request, seed: int, seconds: float) -> dict:
         """One line of the report."""
-        record = {"output": str(target), "model": self.generator.name, "label": self.label(number), "class": number}
+        record = {"output": str(target), "model": self.generator.name}
+        if self.generator.accepts_text:
+            record |= {"label": self.label(request), "prompt": request}
+        else:
+            number = self.generator.config.num_classes if request is None else request
+            record |= {"label": self.label(request), "class": number}
         return record | {"seed": seed, "seconds": round(seconds, 4)} | self.settings | self.shared
 
-    def text(self, classes: list[int], count: int, seed: int) -> dict[str, str]:
+    def text(self, requests: list[Request], count: int, seed: int) -> dict[str, str]:
         """Text fields of a PNG: the settings one by one, and the command that makes the file again."""
         settings = {name: _shown(value) for name, value in self.settings.items()}
-        names = [self.label(number) for number in classes]
-        numbers = [NO_CLASS if name == NO_CLASS else str(number) for name, number in zip(names, classes, strict=True)]
-        command = ["mediatok", "generate", self.generator.name, *numbers, "--count", str(count), "--seed", str(seed)]
+        names = [self.label(request) for request in requests]
+        if self.generator.accepts_text:
+            asked = [f"--prompt={request}" for request in requests if request is not None]
+        else:
+            asked = [NO_CLASS if request is None else str(request) for request in requests]
+        command = ["mediatok", "generate", self.generator.name, *asked, "--count", str(count), "--seed", str(seed)]
         for name, value in settings.items():
             command += [f"--{name}", value] if name in ("steps", "guidance") else ["--set", f"{name}={value}"]
         for name, value in self.shared.items():
             command += [f"--{name}", value]
-        if count * len(classes) != 1:
+        if count * len(requests) != 1:
             command.append("--grid")
         fields = {"Software": f"mediatok {__version__}", "model": self.generator.name, "label": ", ".join(names)}
         return fields | {"seed": str(seed)} | settings | self.shared | {"command": shlex.join(command)}
@@ -187,31 +204,10 @@ def parse_units(text: str) -> list[int]:
     return units
 
 
-def parse_options(pairs: list[str]) -> dict[str, Any]:
-    """["temperature=3", "annealing=no", "sampler=ode"] as {"temperature": 3, "annealing": False, "sampler": "ode"}."""
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, value = (part.strip() for part in pair.partition("="))
-        if not equals or not name:
-            raise InvalidInput(f"--set {pair} must be name=value")
-        if name in options:
-            raise InvalidInput(f"--set {name} is given twice")
-        try:
-            options[name] = FLAGS[value.lower()] if value.lower() in FLAGS else json.loads(value)
-        except (ValueError, RecursionError):
-            options[name] = value
-    return options
-
-
 def _sampling(steps: str | None, guidance: float | None, pairs: list[str]) -> dict[str, Any]:
     """What --steps, --guidance and --set say together; what is not given is the generator's to choose."""
     given = {"steps": parse_steps(steps), "guidance": guidance}
-    given = {name: value for name, value in given.items() if value is not None}
-    options = parse_options(pairs)
-    for name in options:
-        if name in given:
-            raise InvalidInput(f"--{name} and --set {name} say the same thing; give one of them")
-    return given | options
+    return merged({name: value for name, value in given.items() if value is not None}, pairs)
 
 
 def tile(pictures: list, columns: int):
@@ -226,18 +222,28 @@ def tile(pictures: list, columns: int):
     return canvas
 
 
-def _classes(generator, medium: Medium, labels: list[str] | None, count: int) -> list[int]:
-    """The class of each result."""
+def _asked(generator, labels: list[str] | None, prompts: list[str] | None) -> list[str]:
+    """What the command names: labels, or prompts, which may stand in their place."""
+    if prompts and not generator.accepts_text:
+        raise InvalidInput(f"--prompt: {generator.name} reads no text; name classes, which --list-labels prints")
+    return [*(labels or ()), *(prompts or ())]
+
+
+def _requests(generator, medium: Medium, labels: list[str], count: int) -> list[Request]:
+    """What each result is to be: a class or a prompt, None for no such."""
     from ..core.generator import MAX_IMAGES
 
-    asked = count * max(len(labels or ()), 1)
+    asked = count * max(len(labels), 1)
     if asked > MAX_IMAGES:
         raise InvalidInput(f"{asked} {medium.many} are asked for; one call makes at most {MAX_IMAGES}")
+    if generator.accepts_text:
+        return [prompt for prompt in generator.requests(labels or [None]) for _ in range(count)]
     if not labels:
-        return [index % (generator.config.num_classes or 1) for index in range(count)]  # 0 of 0 classes is "no class"
+        num_classes = generator.config.num_classes
+        return [index % num_classes if num_classes else None for index in range(count)]
     names = [name.lower() for name in generator.label_names]
     given = [None if label.lower() == NO_CLASS and NO_CLASS not in names else label for label in labels]
-    return [number for number in generator.label_ids(given).tolist() for _ in range(count)]
+    return [number for number in generator.requests(given) for _ in range(count)]
 
 
 def _targets(out: Path | None, medium: Medium, names: list[str]) -> list[Path]:
@@ -271,11 +277,11 @@ def _start(generator, edit: Path):
     return start
 
 
-def _batches(generator, medium: Medium, classes: list[int], seeds: list[int], batch_size: int, sampling: dict):
+def _batches(generator, medium: Medium, requests: list[Request], seeds: list[int], batch_size: int, sampling: dict):
     """Rows, result and seconds of one batch after the other, so that files are there as soon as they are made."""
     from tqdm import tqdm
 
-    total = len(classes)
+    total = len(requests)
     bar_format = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
     unit = f" {UNITS[medium]}"
     with tqdm(total=total, desc="generate", unit=unit, bar_format=bar_format, file=sys.stderr, leave=False) as bar:
@@ -287,7 +293,7 @@ def _batches(generator, medium: Medium, classes: list[int], seeds: list[int], ba
 
             begin = time.perf_counter()
             result = generator.sample(
-                [None if classes[row] == generator.config.num_classes else classes[row] for row in rows],
+                [requests[row] for row in rows],
                 seed=[seeds[row] for row in rows], batch_size=batch_size, on_step=advance, **sampling,
             )  # fmt: skip
             yield rows, result, time.perf_counter() - begin
@@ -312,11 +318,12 @@ def _tokens(generator, result, index: int):
 
 
 def _print_labels(generator, as_json: bool) -> None:
-    num_classes, names = generator.config.num_classes, generator.label_names
+    names = generator.label_names
+    num_classes = 0 if generator.accepts_text else generator.config.num_classes
     if as_json:
         print(json.dumps({"model": generator.name, "num_classes": num_classes, "labels": list(names)}, indent=2))
     elif not num_classes:
-        print(f"{generator.name} has no classes")
+        print(f"{generator.name} has no classes" + ("; it reads prompts" if generator.accepts_text else ""))
     elif not names:
         print(f"{generator.name} has {num_classes} classes without names: 0 to {num_classes - 1}")
     else:

@@ -46,7 +46,8 @@ PICTURES = Medium(
     outputs=(".png", ".jpg", ".jpeg", ".webp", ".bmp"),
     options=(
         "--num-tokens", "--target-psnr", "--max-bytes", "--tile", "--text", "--lengths", "--lpips-weights",
-        "--inception-weights", "--lite0-weights", "--steps", "--grid", "--edit", "--keep",
+        "--inception-weights", "--lite0-weights", "--steps", "--guidance", "--set", "--up-to-scale", "--grid", "--edit",
+        "--keep", "--prompt",
     ),
 )  # fmt: skip
 AUDIO = Medium(

@@ -281,10 +281,14 @@ def describe_model(given: Path) -> dict[str, Any]:
 
 def _describe_generator(model, config: dict[str, Any]) -> dict[str, Any]:
     """What it makes, and the tokenizers that it names, which stand in its config with their fingerprints."""
+    from ..generators.written_pictures import picture_generator
+
     action = _action(type(model))
     if action == "generate":
-        units = {"scales": len(model.scales)} if model.modality == "shape" else {"units": model.num_units}
-        return {"classes": config["num_classes"], "tokenizer": config["tokenizer"]} | units
+        maker = picture_generator(model)
+        units = {"scales": len(model.scales)} if model.modality == "shape" else {"units": maker.num_units}
+        asked = {"takes": "prompts"} if maker.accepts_text else {"classes": config["num_classes"]}
+        return asked | {"tokenizer": config["tokenizer"]} | units
     companions = {
         key: config[key]
         for key in ("tokenizer", "semantic_tokenizer", "codec")
@@ -295,7 +299,10 @@ def _describe_generator(model, config: dict[str, Any]) -> dict[str, Any]:
 
 def _describe_image_tokenizer(model) -> dict[str, Any]:
     vocabulary = {} if model.is_continuous else {"vocab_size": model.vocab_size}
-    return vocabulary | {"max_tokens": model.max_tokens, "variable_length": model.is_variable_length}
+    scales = {"tokens_of_scales": list(model.scales)} if model.scales else {}
+    if model.decoding_option_names:
+        scales["decoding_options"] = list(model.decoding_option_names)
+    return vocabulary | {"max_tokens": model.max_tokens, "variable_length": model.is_variable_length} | scales
 
 
 def _describe_speech_tokenizer(model) -> dict[str, Any]:

@@ -6,7 +6,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..core.errors import InvalidInput
-from .cli_jobs import RECONSTRUCTED, TOKEN_SUFFIXES, Job, Outcome, make_folder, numbered, plan_jobs, run_batches
+from .cli_jobs import (
+    RECONSTRUCTED,
+    TOKEN_SUFFIXES,
+    Job,
+    Outcome,
+    make_folder,
+    numbered,
+    plan_jobs,
+    run_batches,
+    steps_bar,
+)
 from .cli_media import PICTURES, only
 from .cli_models import load_tokenizer
 
@@ -17,6 +27,13 @@ FIXED_MODEL, VARIABLE_MODEL = "titok-tiny", "one-d-piece-tiny"
 def default_model(options: dict) -> str:
     """The shipped image tokenizer that can do what is asked."""
     return VARIABLE_MODEL if options else FIXED_MODEL
+
+
+def first_tokens(tokens, num_tokens: int | None, up_to_scale: int | None):
+    """The first tokens or scales of items from a file; all of an item that has fewer tokens."""
+    if up_to_scale is not None:
+        return tokens.up_to_scale(up_to_scale)
+    return tokens if num_tokens is None else tokens[:, :num_tokens]
 
 
 def encode_pictures(
@@ -44,16 +61,20 @@ def encode_pictures(
 
 
 def decode_pictures(
-    jobs: Sequence[Job], outcome: Outcome, tokenizer_of: Callable, text: str | None, batch_size: int
-) -> None:
-    """Write a picture for every item of the jobs' .mtok files; `tokenizer_of` finds the tokenizer of tokens."""
+    jobs: Sequence[Job], outcome: Outcome, tokenizer_of: Callable, text: str | None, decoding: dict, batch_size: int,
+    *, num_tokens: int | None = None, up_to_scale: int | None = None,
+) -> None:  # fmt: skip
+    """Write a picture for every item of the jobs' .mtok files; `tokenizer_of` finds the tokenizer of tokens.
+
+    decoding: options of `decode`. num_tokens, up_to_scale: decode the first tokens or scales alone.
+    """
     from ..core.images import write_image
     from ..core.tokens import Tokens
 
     def read(path: Path) -> Tokens:
         if outputs[path].suffix.lower() not in PICTURES.outputs:
             raise InvalidInput(f"this holds pictures, and {outputs[path]} must end in {', '.join(PICTURES.outputs)}")
-        return Tokens.load(path)
+        return first_tokens(Tokens.load(path), num_tokens, up_to_scale)
 
     outputs = {job.source: job.output for job in jobs}
 
@@ -62,9 +83,11 @@ def decode_pictures(
         records = []
         for tokenizer in dict.fromkeys(tokenizers):
             chosen = [index for index, other in enumerate(tokenizers) if other is tokenizer]
-            pictures = tokenizer.decode(
-                Tokens.cat([items[index] for index in chosen]), batch_size=batch_size, **_captions(text)
-            )
+            joined = Tokens.cat([items[index] for index in chosen])
+            with _steps_bar(tokenizer, jobs) as on_step:
+                pictures = tokenizer.decode(
+                    joined, batch_size=batch_size, on_step=on_step, **_captions(text), **decoding
+                )
             for index in chosen:
                 job, tokens = batch[index], items[index]
                 make_folder(job.output)
@@ -79,16 +102,18 @@ def decode_pictures(
 
 def reconstruct_pictures(
     inputs: Sequence[Path], out: Path | None, name: str, outcome: Outcome, options: dict, tile: bool, text: str | None,
-    *, batch_size: int, **where: str,
+    decoding: dict, *, batch_size: int, **where: str,
 ) -> None:  # fmt: skip
     """Write what is left of every picture after encoding and decoding, and tell the PSNR."""
-    from ..core.images import psnr, read_image, to_pixels, write_image
+    from ..core.images import psnr, read_image, resized_to, to_pixels, write_image
 
     jobs = plan_jobs(
         inputs, out, outcome, suffixes=PICTURES.suffixes, output_suffixes=PICTURES.outputs,
         tag=RECONSTRUCTED, folder_tag="-reconstructed",
     )  # fmt: skip
     jobs, tokenizer = _prepare(jobs, name, outcome, options, where)
+    if tokenizer is not None:
+        tokenizer.checked_decoding(**decoding)  # a wrong value is found before the work
 
     def work(batch: list[Job], pictures: list) -> list[dict]:
         if tokenizer.is_continuous:
@@ -96,14 +121,18 @@ def reconstruct_pictures(
             tokens, results = None, tokenizer.reconstruct(pictures, **_captions(text), **options, **tiling)
         else:
             tokens = tokenizer.encode(pictures, tile=tile, batch_size=batch_size, **options)
-            results = tokenizer.decode(tokens, batch_size=batch_size, **_captions(text))
+            with _steps_bar(tokenizer, jobs) as on_step:
+                results = tokenizer.decode(
+                    tokens, batch_size=batch_size, on_step=on_step, **_captions(text), **decoding
+                )
         records = []
         for index, (job, picture, result) in enumerate(zip(batch, pictures, results, strict=True)):
             make_folder(job.output)
             write_image(result, job.output)
             reference = picture if tile else tokenizer.fit(picture)
             record = _record(job, tokenizer, tokens[index] if tokens else None, reference)
-            records.append(record | {"psnr": round(min(psnr(to_pixels(result), to_pixels(reference)), MAX_PSNR), 3)})
+            value = psnr(to_pixels(resized_to(result, reference)), to_pixels(reference))
+            records.append(record | {"psnr": round(min(value, MAX_PSNR), 3)})
         return records
 
     run_batches(
@@ -112,12 +141,23 @@ def reconstruct_pictures(
 
 
 def _prepare(jobs: list[Job], name: str, outcome: Outcome, options: dict, where: dict[str, str]):
-    """The jobs whose sources may be pictures, and the tokenizer for them, which is not loaded for none."""
+    """The jobs whose sources may be pictures, and the tokenizer for them, which is not loaded for none.
+
+    "up_to_scale" among the options becomes the number of tokens that it stands for.
+    """
     jobs = only(PICTURES, name, ((job.source, job) for job in jobs), outcome)
     tokenizer = load_tokenizer(name, modality=PICTURES.modality, **where) if jobs else None
     if tokenizer is not None:
+        if "up_to_scale" in options:
+            options["num_tokens"] = tokenizer.tokens_of_scales(options.pop("up_to_scale"))
         tokenizer.check_num_tokens(options.get("num_tokens"))
     return jobs, tokenizer
+
+
+def _steps_bar(tokenizer, jobs: Sequence[Job]):
+    """A progress bar over the steps of a decoder where there is none over files; gives its `on_step`."""
+    is_slow = len(jobs) == 1 and "steps" in tokenizer.decoding_option_names
+    return steps_bar(2 if is_slow else 0, "decode", unit="step")
 
 
 def _captions(text: str | None) -> dict:

@@ -112,14 +112,15 @@ def _rate_pictures(
     size = None if tile else tokenizer.image_size
 
     def work(batch: list[Job], pictures: list) -> list[dict]:
+        references = [rates.reference_image(tokenizer, picture, tile=tile) for picture in pictures]
         return [
             {
                 "input": str(job.source),
-                "tokens": rates.rate_curve(tokenizer, picture, counts, tile=tile, batch_size=batch_size),
-                "jpeg": rates.codec_curve(picture, "jpeg", size=size),
-                "webp": rates.codec_curve(picture, "webp", size=size),
+                "tokens": rates.rate_curve(tokenizer, reference, counts, tile=tile, batch_size=batch_size),
+                "jpeg": rates.codec_curve(reference, "jpeg"),
+                "webp": rates.codec_curve(reference, "webp"),
             }
-            for job, picture in zip(batch, pictures, strict=True)
+            for job, reference in zip(batch, references, strict=True)
         ]
 
     jobs = [Job(path, plot) for path in paths]

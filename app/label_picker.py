@@ -14,7 +14,9 @@ import gradio as gr
 SCRIPT = (Path(__file__).parent / "label_picker.js").read_text()
 
 
-def label_picker(names: list[str], value: list[int | str], *, label: str, info: str, elem_id: str) -> gr.HTML:
+def label_picker(
+    names: list[str], value: list[int | str], *, label: str, info: str, elem_id: str, visible: bool = True
+) -> gr.HTML:
     """An input whose value is a list of class numbers, and of what was typed and is no name.
 
     names: of all classes, by number; in this order they are listed before anything is typed. To change them, return
@@ -30,5 +32,5 @@ def label_picker(names: list[str], value: list[int | str], *, label: str, info: 
     )
     return gr.HTML(
         value, html_template=template, js_on_load=SCRIPT, apply_default_css=False, names=names, elem_id=elem_id,
-        elem_classes="mt-picker",
+        elem_classes="mt-picker", visible=visible,
     )  # fmt: skip

@@ -64,12 +64,15 @@ def build(studio: Studio) -> None:
         other = gr.Textbox(models[-1], label="other")
         num_tokens, target_psnr = gr.Number(None, label="num_tokens", precision=0), gr.Number(None, label="target_psnr")
         max_bytes, tile = gr.Number(None, label="max_bytes", precision=0), gr.Checkbox(False, label="tile")
+        decoding = gr.JSON({}, label="decoding")
         trigger = gr.Button()
     options = [num_tokens, target_psnr, max_bytes, tile]
     trigger.click(
         raises(api.encode_image), [picture, tokenizer, *options], [out_file, out_json], api_name="encode_image"
     )
-    trigger.click(raises(api.decode_tokens), [tokens_file, tokenizer], [out_file, out_json], api_name="decode_tokens")
+    trigger.click(
+        raises(api.decode_tokens), [tokens_file, tokenizer, decoding], [out_file, out_json], api_name="decode_tokens"
+    )
     trigger.click(
         raises(api.compare), [picture, tokenizer, other, num_tokens, max_bytes], [out_json], api_name="compare"
     )
@@ -111,37 +114,47 @@ class Endpoints:
         result.tokens.save(path)
         return str(path), facts(result)
 
-    def decode_tokens(self, tokens_file, tokenizer=""):
-        """Decode a .mtok file with the given tokenizer, or the one that it names. Returns the PNG and its numbers."""
+    def decode_tokens(self, tokens_file, tokenizer="", decoding=None):
+        """Decode a .mtok file with the given tokenizer, or the one that it names. Returns the PNG and its numbers.
+
+        decoding: how, by name and value, for tokenizers that can decode in several ways, as {"steps": 10, "seed": 3}.
+        """
+        if not isinstance(decoding or {}, dict):
+            raise InvalidInput('Give decoding as names with values, as {"steps": 10}.')
         if tokens_file is None:
             raise InvalidInput("Give a .mtok file.")
         tokens = Tokens.load(tokens_file)
         source = tokenizer or self.studio.catalogue.source_of(tokens.tokenizer)
         model, job = self.studio.catalogue.get(source), Job()
+        model.checked_decoding(**(decoding or {}))
         with self.studio.device.hold(job):
-            result = actions.decode_tokens(model, source, tokens, Path(tokens_file).name, job)
+            result = actions.decode_tokens(model, source, tokens, Path(tokens_file).name, job, decoding=decoding)
         path = self.new_folder() / f"{safe_stem(tokens_file)}.png"
         write_image(result.image, path)
         return str(path), facts(result)
 
     def compare(self, picture, tokenizer, other, num_tokens=None, max_bytes=None):
-        """Numbers of two tokenizers on one picture, at num_tokens or max_bytes; at full length with neither."""
+        """Numbers of two tokenizers on one picture, at num_tokens or equal bytes; at full length with neither."""
         if picture is None:
             raise InvalidInput("Give a picture.")
         if num_tokens is not None and max_bytes is not None:
             raise InvalidInput("Give num_tokens or max_bytes, not both.")
-        kind, amount = ("bytes", max_bytes) if max_bytes is not None else ("tokens", num_tokens)
-        if amount is None:
+        sources, kind, amounts = (tokenizer, other), "tokens", [num_tokens] * 2
+        if max_bytes is not None:
+            models = [self.studio.catalogue.get(source) for source in sources]
+            amounts = [budget.amount for budget in actions.equal_bytes(models, picture, max_bytes)]
+        elif num_tokens is None:
             kind = "all"
-        return [facts(self._encode(picture, source, kind, amount)) for source in (tokenizer, other)]
+        pairs = zip(sources, amounts, strict=True)
+        return [facts(self._encode(picture, source, kind, amount)) for source, amount in pairs]
 
     def generate(self, generator, labels, seed=None, steps=None, guidance=None):
-        """Make a picture for each of `labels`: a list of class names, numbers or null. Returns PNG files and numbers.
+        """Make a picture for each of `labels`: class names, numbers or null; or prompts. Returns PNG files and numbers.
 
         seed: of the first picture, the others count on; drawn when null. steps, guidance: null for the model's own.
         """
         if not isinstance(labels, list):
-            raise InvalidInput('Give labels as a list, as ["flags", 3, null].')
+            raise InvalidInput('Give labels as a list, as ["flags", 3, null], or prompts, as ["a red apple"].')
         seed = image_seeds(seed, 1)[0]
         model, job = self.studio.catalogue.get(generator, GENERATOR), Job()
         with self.studio.device.hold(job):

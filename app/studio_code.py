@@ -11,6 +11,7 @@ from pathlib import Path
 from .studio_actions import Result
 from .studio_generation import Gallery, Made, Recipe
 
+DECODING_FLAGS = ("steps", "guidance", "seed")
 FLAGS = {"num_tokens": "--num-tokens", "target_psnr": "--target-psnr", "max_bytes": "--max-bytes"}
 
 
@@ -19,6 +20,7 @@ def python_code(result: Result) -> str:
     name, stem = result.picture_name, safe_stem(result.picture_name)
     lines = ["import mediatok as mt", "", f"tokenizer = mt.load({result.source!r})"]
     text = "" if result.caption is None else f", text={result.caption!r}"
+    text += "".join(f", {key}={value!r}" for key, value in result.decoding.items())
     if result.tokens is None:
         return "\n".join(
             [*lines, f"image = tokenizer.reconstruct({name!r}{text})", f'image.save("{stem}-decoded.png")']
@@ -45,6 +47,8 @@ def command_code(result: Result) -> str:
         "--tile" if key == "tile" else f"{FLAGS[key]} {value:g}" for key, value in result.options.items()
     )
     text = "" if result.caption is None else f" --text {shlex.quote(result.caption)}"
+    for key, value in result.decoding.items():
+        text += f" --{key} {value:g}" if key in DECODING_FLAGS else f" --set {key}={str(value).lower()}"
     if result.tokens is None:
         return f"mediatok reconstruct {name} {model}{text} --out {stem}-decoded.png"
     lines = []
@@ -63,7 +67,7 @@ def generation_python(gallery: Gallery) -> str:
     recipes = [picture.recipe for picture in gallery.pictures]
     earlier = _earlier(recipes[0])
     lines += [f"start = generator.sample({_arguments(gallery, [recipe])})" for recipe in earlier]
-    lines.append(f"made = generator.sample({_arguments(gallery, recipes)})")
+    lines.append(f"made = generator.{gallery.method}({_arguments(gallery, recipes)})")
     lines += ["for image, seed in zip(made.images, made.seeds):", '    image.save(f"{seed}.png")']
     return "\n".join(lines)
 
@@ -122,7 +126,10 @@ def _generate(gallery: Gallery, recipes: list[Recipe], has_ids: bool, number: in
     first, labels = recipes[0], list(dict.fromkeys(recipe.label for recipe in recipes))
     parts = ["mediatok generate", shlex.quote(gallery.source)]
     words = [label_word(gallery.label_names, label) for label in labels]
-    parts += ["none" if word is None else shlex.quote(str(word)) for word in words]
+    if gallery.reads_text:
+        parts += [f"--prompt {shlex.quote(word)}" for word in words if word is not None]
+    else:
+        parts += ["none" if word is None else shlex.quote(str(word)) for word in words]
     parts += [f"--count {len(recipes) // len(labels)}"] * (len(recipes) > len(labels)) + [f"--seed {first.seed}"]
     for name in ("steps", "guidance"):
         value = getattr(first, name)
@@ -132,9 +139,12 @@ def _generate(gallery: Gallery, recipes: list[Recipe], has_ids: bool, number: in
     return " ".join(parts)
 
 
-def label_word(names: Sequence[str], number: int | None) -> str | int | None:
-    """A class as people write it: by its name, or by its number where the name could be taken for something else."""
-    if number is None or not names:
+def label_word(names: Sequence[str], number: int | str | None) -> str | int | None:
+    """A class as people write it: by its name, or by its number where the name could be taken for something else.
+
+    A prompt is what it is.
+    """
+    if number is None or not names or isinstance(number, str):
         return number
     name = names[number]
     is_word = name == name.strip() != "" and name[0] not in "+-" and not name.isdecimal() and name.lower() != "none"

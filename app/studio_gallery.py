@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 
 from ..core.images import to_pil
-from .studio_generation import Gallery, Made, Progress
+from .studio_generation import Gallery, Progress
 from .studio_views import hue, number_strip, seconds
 
+MAX_CAPTION = 40  # characters of a label or prompt
 ASPECT = 1.4  # the gallery is about this much wider than high
-UNIT_WORDS = {True: "cells", False: "tokens"}  # by whether a unit has a place in the picture
 
 
 def gallery_numbers(gallery: Gallery, *, stopped: bool = False) -> str:
@@ -81,7 +81,7 @@ def _finished(gallery: Gallery, index: int, chosen: bool) -> str:
     is_origin = picture is gallery.origin
     caption = "before" if is_origin else f"seed {picture.recipe.seed} · {seconds(picture.seconds)}"
     if len({made.recipe.label for made in gallery.pictures}) > 1:
-        caption += f" · {escape(gallery.label(picture))}"
+        caption += f" · {escape(gallery.label(picture)[:MAX_CAPTION])}"
     return (
         f'<button type="button" class="mt-made{" chosen" if chosen else ""}" data-i="{index}" '
         f'title="{escape(name)}" aria-label="{escape(name)}"><img alt="" src="{_source(picture.image)}">'
@@ -92,33 +92,36 @@ def _finished(gallery: Gallery, index: int, chosen: bool) -> str:
 def chosen_panel(gallery: Gallery, index: int) -> str:
     """The chosen picture, large, and its units as switches: over the picture, or beside it where they have no place."""
     picture = gallery.shown[index]
-    words = UNIT_WORDS[gallery.unit_grid is not None]
+    word, words = gallery.unit_word, f"{gallery.unit_word}s"
     image = f'<img alt="{escape(gallery.label(picture))}" src="{_source(picture.image)}">'
+    num_units = gallery.units_of(picture)
+    if not num_units:
+        heading = f"{escape(gallery.label(picture))} <small>seed {picture.recipe.seed}</small>"
+        body = f'<div class="mt-vary over"><div class="mt-canvas">{image}</div></div>'
+        return f'<h3 class="mt-heading">{heading}</h3>{body}<div class="mt-acts"></div>'
     if gallery.unit_grid is not None:
         rows, columns = gallery.unit_grid
-        switches = "".join(_switch(unit, f"Cell {unit + 1}") for unit in range(gallery.num_units))
+        switches = "".join(_switch(unit, f"{word.title()} {unit + 1}") for unit in range(num_units))
         body = (
             f'<div class="mt-canvas">{image}<div class="mt-units over" style="--columns:{columns};--rows:{rows}">'
             f"{switches}</div></div>"
         )
     else:
-        switches = "".join(
-            _switch(unit, f"Token {unit + 1}, code {code}", hue(code)) for unit, code in enumerate(_ids(picture))
-        )
-        columns = 8 if gallery.num_units <= 64 else 16
+        codes = picture.content[0].tolist() if gallery.unit_word == "token" else range(num_units)
+        switches = "".join(_switch(unit, f"{word.title()} {unit + 1}", hue(code)) for unit, code in enumerate(codes))
+        columns = min(num_units, 8 if num_units <= 64 else 16)
         body = (
             f'<div class="mt-canvas">{image}</div>'
             f'<div class="mt-units beside" style="--columns:{columns}">{switches}</div>'
         )
-    acts = "".join(
-        f'<button type="button" data-act="{act}">{text}</button>'
-        for act, text in (("all", "Keep all"), ("none", "None"), ("invert", "Invert"))
-    )
+    choices = [("all", "Keep all"), ("none", "None"), ("invert", "Invert")]
+    choices = choices[:2] if gallery.unit_word == "scale" else choices  # the first ones of these stay, or none
+    acts = "".join(f'<button type="button" data-act="{act}">{text}</button>' for act, text in choices)
     return (
         f'<h3 class="mt-heading">{escape(gallery.label(picture))} <small>seed {picture.recipe.seed}; '
         f"click the {words} to keep</small></h3>"
         f'<div class="mt-vary {"over" if gallery.unit_grid else "beside"}">{body}</div>'
-        f'<div class="mt-acts">{acts}<output data-words="{words}">0 of {gallery.num_units} {words} kept</output>'
+        f'<div class="mt-acts">{acts}<output data-words="{words}">0 of {num_units} {words} kept</output>'
         '<button type="button" class="redo" data-act="redo" id="generate-redo">Redo the rest</button></div>'
     )
 
@@ -129,10 +132,6 @@ def _switch(unit: int, name: str, colour: int | None = None) -> str:
         f'<button type="button" class="mt-unit" data-i="{unit}" aria-pressed="false" title="{name}" '
         f'aria-label="Keep {name}"{style}></button>'
     )
-
-
-def _ids(picture: Made) -> list[int]:
-    return picture.content[0].tolist()
 
 
 def _source(image: Image.Image | torch.Tensor) -> str:
@@ -162,10 +161,14 @@ element.addEventListener('click', (event) => {
   const keep = (unit, value) => unit.setAttribute('aria-pressed', String(value));
   const act = button.dataset.act;
   if (button.classList.contains('mt-unit')) keep(button, !isKept(button));
+  const told = element.querySelector('output');
+  if (button.classList.contains('mt-unit') && told.dataset.words === 'scales') {  // coarse ones stay before finer ones
+    const at = units.indexOf(button), last = isKept(button) ? at : at - 1;
+    units.forEach((unit, index) => keep(unit, index <= last));
+  }
   if (act === 'all' || act === 'none') units.forEach((unit) => keep(unit, act === 'all'));
   if (act === 'invert') units.forEach((unit) => keep(unit, !isKept(unit)));
   const kept = units.filter(isKept);
-  const told = element.querySelector('output');
   told.textContent = `${kept.length} of ${units.length} ${told.dataset.words} kept`;
   if (act === 'redo') trigger('submit', {keep: kept.map((unit) => Number(unit.dataset.i))});
 });

@@ -15,12 +15,13 @@ from ..core.generator import MAX_GUIDANCE, MAX_STEPS
 from . import studio_gallery as views
 from .studio_code import generation_command, generation_python, picture_name
 from .studio_context import Studio, hold_back, skips, speaks
-from .studio_generation import MAX_PICTURES, Gallery, Made, Progress, make_pictures
+from .studio_generation import MAX_PICTURES, Gallery, Made, Progress, make_pictures, own_settings
 from .studio_models import GENERATOR
 from .studio_session import Session
 from .studio_worker import newest
 
 NUM_OUTPUTS = 9
+NUM_ADAPTED = 7  # controls that another generator changes
 KEPT_GALLERIES = 3  # folders of files: the page may still be fetching the previous ones
 NUM_SEEDS = 1_000_000  # that are drawn: short enough to read out
 MAX_PAGE_SEED = 2**53 - 1  # browsers round larger numbers
@@ -95,31 +96,37 @@ class GenerateEvents:
     def __init__(self, studio: Studio):
         self.studio = studio
 
-    def make(self, session: Session, model: str, labels: list | None, count, seed, fresh, steps, guidance):
-        """Make `count` pictures of each label."""
-        yield from self._run(session, model, labels or [None], Numbers(count, seed, fresh, steps, guidance))
+    def make(self, session: Session, model: str, labels: list | None, prompt: str, count, seed, fresh, steps, guidance):
+        """Make `count` pictures of each label, or of the prompt where the generator reads one."""
+        numbers = Numbers(count, seed, fresh, steps, guidance)
+        yield from self._run(session, model, (labels or [None], [(prompt or "").strip() or None]), numbers)
 
     def vary(self, session: Session, count, seed, fresh, steps, guidance, event: gr.EventData):
         """Keep the marked units of the chosen picture and make the rest of it anew, `count` times."""
         gallery = session.gallery
         origin = gallery.shown[session.chosen]
         numbers = Numbers(count, seed, fresh, steps, guidance)
-        yield from self._run(session, gallery.source, [origin.recipe.label], numbers, origin, event.keep)
+        yield from self._run(session, gallery.source, ([origin.recipe.label],) * 2, numbers, origin, event.keep)
 
     def _run(
-        self, session: Session, model: str, labels: list, numbers: Numbers, origin: Made | None = None, keep=(),
+        self, session: Session, model: str, wanted: tuple[list, list], numbers: Numbers, origin: Made | None = None,
+        keep=(),
     ) -> Iterator[list]:  # fmt: skip
+        """wanted: labels, and prompts; one or the other, as the generator reads them."""
         job = None
         with hold_back():
             keep = tuple(int(unit) for unit in keep)
-            if origin is not None and len(keep) == session.gallery.num_units:
+            if origin is not None and len(keep) == session.gallery.units_of(origin):
                 raise InvalidInput("Everything is kept, so there is nothing to redo: click what should change.")
             count, seed, steps, guidance = numbers.checked()
+            generator = self.studio.catalogue.get(model, GENERATOR)
+            labels = wanted[generator.accepts_text]
             if len(labels) * count > MAX_PICTURES:
                 raise InvalidInput(f"That would be {len(labels) * count} pictures; a run makes at most {MAX_PICTURES}.")
             labels = [label for label in labels for _ in range(count)]
-            generator = self.studio.catalogue.get(model, GENERATOR)
-            generator.label_ids(labels)  # a mistake is told at once, and does not end the run under way
+            # A mistake is told at once, and does not end the run under way.
+            generator.requests(labels)
+            generator.checked_settings(steps, guidance)
             job = session.start("generate")
             yield [views.waiting_grid(len(labels), self.studio.device.num_jobs + 1), gr.skip(), seed, *skips(6)]
 
@@ -168,7 +175,7 @@ class GenerateEvents:
     def adapt(self, session: Session, model: str, labels: list | None, last_model: str):
         """Fit the controls to another generator; back to the one before if it cannot be loaded."""
         if model == last_model:  # Gradio tells some choices twice
-            return skips(6)
+            return skips(NUM_ADAPTED)
         with hold_back():
             generator = self.studio.catalogue.get(model, GENERATOR)
             names, before = label_names(generator), label_names(self.studio.catalogue.get(last_model, GENERATOR))
@@ -176,9 +183,10 @@ class GenerateEvents:
             by_number = dict(enumerate(before))
             wanted = [by_number.get(label, label) for label in labels or []]
             labels = [names.index(name) for name in dict.fromkeys(wanted) if name in names]
-            steps, guidance = generator.config.num_steps, generator.config.guidance_scale
-            return model, model, gr.HTML(value=labels, names=names), steps, guidance, self.studio.title()
-        return last_model, *skips(5)
+            picker = gr.HTML(value=labels, names=names, visible=not generator.accepts_text)
+            prompt = gr.Textbox(visible=generator.accepts_text)
+            return model, model, picker, prompt, *own_settings(generator), self.studio.title()
+        return last_model, *skips(NUM_ADAPTED - 1)
 
     def stop(self, session: Session) -> None:
         """End this page's run; finished pictures stay."""
@@ -188,7 +196,9 @@ class GenerateEvents:
 
 def label_names(generator) -> list[str]:
     """Name of every class, by number."""
-    return list(generator.label_names) or [f"class {number}" for number in range(generator.config.num_classes)]
+    if generator.accepts_text or generator.label_names:
+        return list(generator.label_names)
+    return [f"class {number}" for number in range(generator.config.num_classes)]
 
 
 def _text(gallery: Gallery, picture: Made) -> dict[str, str]:

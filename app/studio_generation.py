@@ -20,14 +20,18 @@ from .studio_worker import Job, device_name
 MAX_PICTURES = 32  # in one run
 AT_ONCE = 4  # pictures in a batch: a stopped run keeps its finished batches
 FIRST_LABELS = ("smileys & emotion", "flags")  # what the page shows first, where the model knows them
+FIRST_PROMPT = "red apple"
 FIRST_SEED = 7
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one picture was made: class number (None: no class), seed, settings, and what of an earlier one was kept."""
+    """How one picture was made: class number or prompt, seed, settings, and what of an earlier one was kept.
 
-    label: int | None
+    label: None for no class and no prompt.
+    """
+
+    label: int | str | None
     seed: int
     steps: int | None
     guidance: float | None
@@ -50,8 +54,8 @@ class Gallery:
     """Pictures of one run of a generator.
 
     source: what `mt.load` takes. steps: as people write them. unit_grid: rows and columns of the pieces that can be
-    kept, None where they have no place in the picture. asked: pictures that the run was to make. origin: the picture
-    that an edit started from; it is not among `pictures`.
+    kept, None where they have no place in the picture; unit_word is what a piece is called; there may be none. asked:
+    pictures that the run was to make. origin: the picture that an edit started from; it is not among `pictures`.
     """
 
     source: str
@@ -66,17 +70,26 @@ class Gallery:
     origin: Made | None = None
     pictures: tuple[Made, ...] = ()
     seconds: float = 0.0
+    unit_word: str = "token"
+    reads_text: bool = False
+    method: str = "sample"  # of the generator, that makes pictures
 
     @property
     def shown(self) -> tuple[Made, ...]:
         """All pictures that the page shows and lets choose: the origin of an edit first."""
         return self.pictures if self.origin is None else (self.origin, *self.pictures)
 
+    def units_of(self, picture: Made) -> int:
+        """Pieces of a picture that can be kept: fewer than `num_units` where it has fewer tokens."""
+        return min(self.num_units, picture.content.shape[1]) if self.unit_word == "token" else self.num_units
+
     def label(self, picture: Made) -> str:
         """What a picture was to be."""
         number = picture.recipe.label
         if number is None:
-            return "no class"
+            return "no prompt" if self.reads_text else "no class"
+        if isinstance(number, str):
+            return number
         return self.label_names[number] if self.label_names else f"class {number}"
 
 
@@ -102,14 +115,14 @@ def make_pictures(
     """
     if not 1 <= len(labels) <= MAX_PICTURES:
         raise InvalidInput(f"{len(labels)} pictures are asked for; a run makes 1 to {MAX_PICTURES}")
-    numbers = generator.label_ids(labels).tolist()
-    labels = [None if number == generator.config.num_classes else number for number in numbers]
-    settings = generator.checked_settings(steps, guidance)
+    labels = generator.requests(labels)
+    settings = generator.options_of(generator.checked_settings(steps, guidance))
     seeds = image_seeds(seed, len(labels))
     editing = {} if origin is None else {"start": origin.content, "keep": list(keep)}
     gallery = Gallery(
-        source, generator.name, tuple(generator.label_names), _words(settings.steps), settings.guidance,
+        source, generator.name, tuple(generator.label_names), _words(settings["steps"]), settings["guidance"],
         device_name(str(generator.device)), generator.num_units, generator.unit_grid, len(labels), origin,
+        unit_word=generator.unit_word, reads_text=generator.accepts_text, method=generator.method,
     )  # fmt: skip
     begun = time.perf_counter()
     for first in range(0, len(labels), AT_ONCE):
@@ -148,10 +161,17 @@ def first_gallery(catalogue: Catalogue) -> Gallery | None:
         return None
     source = catalogue.default_source(GENERATOR)
     generator = catalogue.get(source, GENERATOR)
-    labels = [label for label in FIRST_LABELS if label in generator.label_names] or [0]
+    labels = [FIRST_PROMPT] if generator.accepts_text else [0]
+    labels = [label for label in FIRST_LABELS if label in generator.label_names] or labels
     labels = [label for label in labels for _ in range(4 // len(labels))]
-    steps, guidance = generator.config.num_steps, generator.config.guidance_scale
-    return make_pictures(generator, source, labels, FIRST_SEED, steps, guidance, Job())
+    return make_pictures(generator, source, labels, FIRST_SEED, *own_settings(generator), Job())
+
+
+def own_settings(generator) -> tuple[int, float]:
+    """Steps and guidance that a generator has when nobody says; of steps that change within a run, the most."""
+    options = generator.options_of(generator.checked_settings())
+    steps = options["steps"]
+    return max(steps) if isinstance(steps, (tuple, list)) else steps, options["guidance"]
 
 
 def _words(steps) -> str:

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import gradio as gr
 
 from .. import Tokens, write_image
-from ..core.errors import InvalidInput
+from ..core.errors import Cancelled, InvalidInput
 from . import studio_actions as actions
 from . import studio_views as views
 from .studio_code import command_code, picture_name, python_code, safe_stem
 from .studio_context import Studio, hold_back, skips, speaks
 from .studio_generation import first_gallery
+from .studio_image_controls import DECODING, budget_kinds, count_slider, decoding_updates
 from .studio_plots import rate_plot
 from .studio_session import Session
+from .studio_worker import newest
 
 NUM_RESULT_OUTPUTS = 10
+NUM_ADAPTED = 7 + len(DECODING)  # controls that another tokenizer changes
+COUNTS = ("tokens", "scales")  # kinds of budget that are counted on the slider
+PREVIEW_SECONDS = 0.3  # between two of a decoder that works in steps
 KEPT_RESULTS = 3  # folders of results: the page may still be fetching the previous ones
 
 
@@ -64,7 +70,8 @@ class Shown:
 
 def curves_key(result: actions.Result) -> tuple:
     """What rate-distortion curves depend on."""
-    return result.source, hash(result.reference.tobytes()), result.reference.size
+    decoding = tuple(sorted(result.decoding.items()))
+    return result.source, decoding, hash(result.reference.tobytes()), result.reference.size
 
 
 def plot_of(session: Session) -> str:
@@ -105,19 +112,24 @@ class ImageEvents:
     def __init__(self, studio: Studio):
         self.studio = studio
 
-    @speaks(NUM_RESULT_OUTPUTS)
     def encode(self, session: Session, *controls):
         """The picture on the page, with the controls as they are now."""
-        return self._encode(session, session.picture, *controls)
+        with hold_back():
+            yield from self._encode(session, session.picture, *controls)
+            return
+        yield skips(NUM_RESULT_OUTPUTS)
 
     def encode_upload(self, session: Session, path: str | None, *controls):
         """A new picture. If it cannot be read, the input goes back to the one before."""
         if path is None:
-            return skips(NUM_RESULT_OUTPUTS + 1)
+            yield skips(NUM_RESULT_OUTPUTS + 1)
+            return
         session.pictures["image"] = Path(path)  # at once: a control that moves meanwhile means this picture
         with hold_back() as failed:
-            return [gr.skip(), *self._encode(session, Path(path), *controls)]
-        return [str(session.revert("image")) if failed else gr.skip(), *skips(NUM_RESULT_OUTPUTS)]
+            for shown in self._encode(session, Path(path), *controls):
+                yield [gr.skip(), *shown]
+            return
+        yield [str(session.revert("image")) if failed else gr.skip(), *skips(NUM_RESULT_OUTPUTS)]
 
     def take(self, session: Session, *controls):
         """The chosen picture of the Generate tab."""
@@ -126,26 +138,65 @@ class ImageEvents:
             path = session.new_folder("taken", KEPT_RESULTS) / picture_name(session.gallery, made)
             write_image(made.image, path)
             session.pictures["image"] = path
-            return [str(path), *self._encode(session, path, *controls)]
-        return skips(NUM_RESULT_OUTPUTS + 1)
+            for shown in self._encode(session, path, *controls):
+                yield [str(path), *shown]
+            return
+        yield skips(NUM_RESULT_OUTPUTS + 1)
 
     def encode_sample(self, session: Session, event: gr.EventData, *controls):
         """The sample that was clicked."""
         picture = session.pictures["image"] = self.studio.samples[int(event.index)]
         with hold_back():
-            return [str(picture), *self._encode(session, picture, *controls)]
-        return [str(picture), *skips(NUM_RESULT_OUTPUTS)]
+            for shown in self._encode(session, picture, *controls):
+                yield [str(picture), *shown]
+            return
+        yield [str(picture), *skips(NUM_RESULT_OUTPUTS)]
 
-    def _encode(self, session: Session, picture: Path, model, kind, count, quality, size, tile, caption) -> list:
+    def _encode(
+        self, session: Session, picture: Path, model, kind, count, quality, size, tile, caption, *decoding
+    ) -> Iterator[list]:
+        """What the page shows: previews where the decoder works in steps, then the result."""
         job = session.start("image")
-        budget = actions.Budget(kind, {"tokens": count, "quality": quality, "bytes": size}[kind])
+        budget = actions.Budget(kind, {"tokens": count, "scales": count, "quality": quality, "bytes": size}[kind])
         tokenizer = self.studio.catalogue.get(model)
-        with self.studio.device.hold(job):
-            result = actions.encode_picture(
-                tokenizer, model, picture, picture.name, budget, job, tile=tile, caption=caption
-            )
-        session.accept("image", picture)
-        return self._show(session, job, result)
+
+        def work(emit) -> actions.Result:
+            with self.studio.device.hold(job):
+                return actions.encode_picture(
+                    tokenizer, model, picture, picture.name, budget, job, tile=tile, caption=caption,
+                    decoding=dict(zip(DECODING, decoding, strict=True)), emit=emit if tokenizer.shows_steps else None,
+                )  # fmt: skip
+
+        begun = shown_at = time.monotonic()
+        folder = None
+        try:
+            for news in newest(work):
+                if isinstance(news, actions.Result):
+                    session.accept("image", picture)
+                    yield self._show(session, job, news)
+                elif time.monotonic() - shown_at > PREVIEW_SECONDS:
+                    shown_at = time.monotonic()
+                    folder = folder or session.new_folder("previews", KEPT_RESULTS)
+                    yield self._preview(news, picture, tokenizer, tile, folder / f"making-{shown_at - begun:.1f}.png")
+        except Cancelled:
+            if folder is not None and not session.is_replaced("image", job):
+                yield self._pair(Shown.of(session).pair)  # back from the preview to the last result
+            raise
+        finally:
+            job.stop()  # also when the page was closed
+            session.finish(job)
+
+    def _preview(self, image, picture: Path, tokenizer, tile: bool, path: Path) -> list:
+        """The picture as far as it has come, in the place of the result."""
+        write_image(image, path)
+        original = path.with_name("original.png")
+        if not original.exists():
+            write_image(actions.reference_image(tokenizer, picture, tile=tile), original)
+        return self._pair((str(original), str(path)))
+
+    def _pair(self, pair: tuple[str, str]) -> list:
+        """The pictures alone."""
+        return [gr.skip(), pair, *skips(NUM_RESULT_OUTPUTS - 2)]
 
     def _show(self, session: Session, job, result: actions.Result, position: int = 0) -> list:
         job.check()
@@ -153,26 +204,31 @@ class ImageEvents:
         session.result, session.position = result, position
         return Shown.of(session).outputs(self.studio, position)
 
-    def adapt(self, session: Session, model: str, count: int):
+    def adapt(self, session: Session, model: str, kind: str, count: int):
         """Fit the controls to another tokenizer; back to the one before if it cannot be loaded."""
         with hold_back() as failed:
             tokenizer = self.studio.catalogue.get(model)
             # Only what must change is set: the user may move another control while this answer is under way.
-            help_line, caption = count_help(tokenizer), gr.Textbox(visible=tokenizer.accepts_text)
-            top = tokenizer.max_tokens
+            count_options, kinds = count_slider(tokenizer), budget_kinds(tokenizer)
+            rest = gr.Textbox(visible=tokenizer.accepts_text), *decoding_updates(tokenizer)
+            counted, top = kinds[0][1], count_options["maximum"]
             if tokenizer.is_variable_length:
-                value = {"value": top} if count > top else {}
-                slider = gr.Slider(maximum=top, interactive=True, info=help_line, **value)
-                return gr.skip(), gr.Radio(interactive=True), slider, gr.skip(), gr.skip(), caption
-            slider = gr.Slider(maximum=top, value=top, visible=True, interactive=False, info=help_line)
+                chosen = {"value": counted} if kind in COUNTS and kind != counted else {}
+                value = {"value": top} if count > top or chosen else {}
+                slider = gr.Slider(**count_options, **value)
+                radio = gr.Radio(choices=kinds, interactive=True, **chosen)
+                return gr.skip(), radio, slider, gr.skip(), gr.skip(), *rest
+            slider = gr.Slider(**count_options, value=top, visible=True)
             hidden = gr.Slider(visible=False), gr.Number(visible=False)
-            return gr.skip(), gr.Radio(value="tokens", interactive=False), slider, *hidden, caption
-        return gr.Dropdown(value=session.result.source) if failed else gr.skip(), *skips(5)
+            radio = gr.Radio(choices=kinds, value=counted, interactive=False)
+            return gr.skip(), radio, slider, *hidden, *rest
+        back = gr.Dropdown(value=session.result.source) if failed else gr.skip()
+        return back, *skips(NUM_ADAPTED - 1)
 
     def show_kind(self, kind: str):
         """One slider at a time: what the user fixes."""
         return (
-            gr.Slider(visible=kind == "tokens"),
+            gr.Slider(visible=kind in COUNTS),
             gr.Slider(visible=kind == "quality"),
             gr.Number(visible=kind == "bytes"),
         )
@@ -221,8 +277,9 @@ class ImageEvents:
         job = session.start("image", "curves")
         tokenizer = self.studio.catalogue.get(result.source)
         curves = actions.measure_curves(
-            tokenizer, result.reference, job, tile=result.num_tiles > 1, hold=self.studio.device.hold
-        )
+            tokenizer, result.reference, job, tile=result.num_tiles > 1, hold=self.studio.device.hold,
+            decoding=result.decoding,
+        )  # fmt: skip
         job.check()
         session.curves = (curves_key(result), curves)
         return plot_of(session)
@@ -252,10 +309,3 @@ class ImageEvents:
         """End this page's work; what is on screen stays."""
         if not session.stop("image"):
             gr.Info("Nothing is running.", duration=2)
-
-
-def count_help(tokenizer) -> str:
-    """The line below the token slider."""
-    if tokenizer.is_variable_length:
-        return "More tokens, closer picture."
-    return f"{tokenizer.name} always uses all of them."

@@ -9,6 +9,7 @@ from pathlib import Path
 from .. import load, models
 from ..core.errors import InvalidInput, ModelNotFound, nearest_names
 from ..core.registry import CLASSES
+from ..generators.written_pictures import picture_generator
 from .studio_worker import ModelShelf
 
 TOKENIZER, GENERATOR = "tokenizer", "generator"  # of pictures
@@ -119,7 +120,8 @@ class Catalogue:
         if row.kind != kind:
             names = ", ".join(label for label, _ in self.choices(kind)) or "none"
             raise InvalidInput(f"{row.label} is a {row.kind}, not a {kind}; this studio has {names}.")
-        return self.shelf.get(row.source)
+        model = self.shelf.get(row.source)
+        return picture_generator(model) if kind == GENERATOR else model
 
     def load_by_name(self, name: str):
         """Load any name, folder or hub id (Models tab, which a public studio does not have)."""

@@ -45,6 +45,8 @@ def measures(result: Result) -> list[tuple[str, str, str]]:
         tiles = "" if result.num_tiles == 1 else f" × {result.num_tiles} tiles"
         tokens, size = str(result.tokens_per_tile), file_size(result.tokens.num_bytes)
         remark = f"of {result.max_tokens}{tiles}"
+        if result.scales:
+            remark += f", {result.num_scales} of {len(result.scales)} scales"
         bpp = f"{result.bits_per_pixel:.3f}"
     bits = "" if result.tokens is None else f"{result.tokens.bits_per_token} bits each"
     return [

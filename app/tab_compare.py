@@ -1,4 +1,4 @@
-"""The Compare tab: two tokenizers on one picture, at equal tokens or equal bytes."""
+"""The Compare tab: two tokenizers on one picture, at equal bytes or equal tokens."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from . import studio_views as views
 from .studio_context import SAMPLE_SCRIPT, Studio, hold_back, html, picture_input, sample_strip, skips, speaks
 from .studio_session import Session
 
-KINDS = [("Equal tokens", "tokens"), ("Equal bytes", "bytes")]
+KINDS = [("Equal bytes", "bytes"), ("Equal tokens", "tokens")]
+FIRST_BYTES, FIRST_TOKENS = 96, 64
 NUM_OUTPUTS = 6
 
 
 def build(studio: Studio, session: gr.State, prototype: Session, title: gr.HTML) -> SimpleNamespace:
     """Lay the tab out and connect it."""
     ui = SimpleNamespace()
-    results, notes = compare(studio, prototype, prototype.picture, *first_choice(studio), "tokens", 64, 96)
+    first = (*first_choice(studio), "bytes", FIRST_TOKENS, FIRST_BYTES)
+    results, notes = compare(studio, prototype, prototype.picture, *first)
+    most = _most_tokens(studio, first[:2])
     choices = studio.catalogue.choices()
     with gr.Row(equal_height=False, elem_classes="mt-page"):
         with gr.Column(scale=0, min_width=300, elem_classes="mt-controls"):
@@ -41,15 +44,15 @@ def build(studio: Studio, session: gr.State, prototype: Session, title: gr.HTML)
             ]  # fmt: skip
             with gr.Group(elem_classes="mt-budget"):
                 ui.kind = gr.Radio(
-                    KINDS, value="tokens", label="Compare at", elem_id="compare-kind", info="What is made equal."
+                    KINDS, value="bytes", label="Compare at", elem_id="compare-kind", info="What is made equal."
                 )
                 ui.count = gr.Slider(
-                    1, 256, value=64, step=1, label="Tokens", buttons=[], elem_id="compare-count",
-                    info="Models with a fixed count keep theirs.",
+                    1, most, value=min(FIRST_TOKENS, most), step=1, label="Tokens", buttons=[],
+                    elem_id="compare-count", info="Models with a fixed count keep theirs.", visible=False,
                 )  # fmt: skip
                 ui.size = gr.Number(
-                    96, label="Bytes", precision=0, minimum=1, visible=False, elem_id="compare-bytes",
-                    info="Of each .mtok file, at most; press Enter.",
+                    FIRST_BYTES, label="Bytes", precision=0, minimum=1, elem_id="compare-bytes",
+                    info="Of each .mtok file, at most; press Enter. Both get what the smaller one takes.",
                 )  # fmt: skip
             with gr.Row(elem_classes="mt-buttons"):
                 ui.stop = gr.Button("Stop", size="sm", elem_id="compare-stop", elem_classes="mt-stop", min_width=50)
@@ -80,10 +83,18 @@ def _connect(session: gr.State, title: gr.HTML, ui: SimpleNamespace) -> None:
     ui.kind.input(lambda kind: (gr.Slider(visible=kind == "tokens"), gr.Number(visible=kind == "bytes")),
                   [ui.kind], [ui.count, ui.size], **quiet)  # fmt: skip
     ui.count.input(events.run, [session, *controls], outputs, trigger_mode="always_last", **work)
-    for listener in (*(model.input for model in ui.models), ui.kind.input, ui.size.submit, ui.size.blur):
-        listener(events.run, [session, *controls], outputs, **work)
+    for model in ui.models:
+        fitted = model.input(events.adapt, [ui.count, *ui.models], [ui.count], **quiet)
+        fitted.success(events.run, [session, *controls], outputs, **work)
+    for listener in (ui.kind.input, ui.size.submit, ui.size.blur):  # a new run replaces the one under way
+        listener(events.run, [session, *controls], outputs, trigger_mode="multiple", **work)
     ui.stop.click(events.stop, [session], None, queue=False, **quiet)
     ui.start = lambda event: event.success(events.take, [session, *controls], outputs, **work)
+
+
+def _most_tokens(studio: Studio, sources: tuple[str, str]) -> int:
+    """Of either tokenizer."""
+    return max(studio.catalogue.get(source).max_tokens for source in sources)
 
 
 def first_choice(studio: Studio) -> tuple[str, str]:
@@ -98,14 +109,15 @@ def compare(
 ) -> tuple[list[actions.Result], list[str]]:
     """Run both tokenizers; returns their results and remarks on them."""
     job = session.start("compare")
-    budget = actions.Budget(kind, size if kind == "bytes" else count)
-    results, notes = [], []
-    for source in (a, b):
-        tokenizer = studio.catalogue.get(source)
+    tokenizers = [studio.catalogue.get(source) for source in (a, b)]
+    budgets = [actions.Budget("tokens", count)] * 2
+    if kind == "bytes":
+        budgets = actions.equal_bytes(tokenizers, picture, size)
+    results = []
+    for source, tokenizer, budget in zip((a, b), tokenizers, budgets, strict=True):
         with studio.device.hold(job):
-            result = actions.encode_picture(tokenizer, source, picture, picture.name, budget, job)
-        results.append(result)
-        notes.append(_note(result, tokenizer, budget))
+            results.append(actions.encode_picture(tokenizer, source, picture, picture.name, budget, job))
+    notes = [_note(result, tokenizer, kind, count, size) for result, tokenizer in zip(results, tokenizers, strict=True)]
     job.check()
     session.finish(job)
     return results, notes
@@ -120,14 +132,21 @@ def three_views(results: list[actions.Result]) -> list[tuple[str, Image.Image]]:
     ]
 
 
-def _note(result: actions.Result, tokenizer, budget: actions.Budget) -> str:
+def _note(result: actions.Result, tokenizer, kind: str, count: int, size: int) -> str:
+    """Why a result is not what was asked for."""
+    name, length = result.model_name, result.tokens_per_tile
     if result.tokens is None:
-        return f"{result.model_name} has continuous latents: no tokens and no file size."
-    if budget.kind == "tokens" and not tokenizer.is_variable_length and result.tokens_per_tile != int(budget.amount):
-        return f"{result.model_name} always uses {result.tokens_per_tile} tokens."
-    if budget.kind == "tokens" and int(budget.amount) > tokenizer.max_tokens:
-        return f"{result.model_name} has {tokenizer.max_tokens} tokens at most."
-    return ""
+        return f"{name} has continuous latents: no tokens and no file size."
+    if kind == "bytes":
+        if result.tokens.num_bytes <= size:
+            return ""
+        what = "shown whole" if not tokenizer.is_variable_length else "its shortest"
+        return f"{name} does not fit {size} bytes: {what}, {result.tokens.num_bytes} bytes."
+    if length != int(count) and not tokenizer.is_variable_length:
+        return f"{name} always uses {length} tokens."
+    if int(count) > tokenizer.max_tokens:
+        return f"{name} has {tokenizer.max_tokens} tokens at most."
+    return f"{name} ends with whole scales: {length} tokens." if length != int(count) else ""
 
 
 class CompareEvents:
@@ -140,6 +159,12 @@ class CompareEvents:
     def run(self, session: Session, *controls):
         """The picture of this tab with the controls as they are now."""
         return self._run(session, session.pictures["compare"], *controls)
+
+    @speaks(1)
+    def adapt(self, count: int, *sources: str):
+        """Fit the token slider to other tokenizers."""
+        most = _most_tokens(self.studio, sources)
+        return gr.Slider(maximum=most, **({"value": most} if count > most else {}))
 
     @speaks(NUM_OUTPUTS)
     def take(self, session: Session, *controls):

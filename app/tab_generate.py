@@ -10,7 +10,7 @@ from . import studio_gallery as views
 from .label_picker import label_picker
 from .studio_context import Studio, html
 from .studio_generate import MAX_OF_EACH, GenerateEvents, Shown, label_names
-from .studio_generation import FIRST_SEED, MAX_PICTURES, Gallery
+from .studio_generation import FIRST_PROMPT, FIRST_SEED, MAX_PICTURES, Gallery, own_settings
 from .studio_models import GENERATOR
 from .studio_session import Session
 
@@ -28,6 +28,7 @@ def build(studio: Studio, session: gr.State, prototype: Session, title: gr.HTML)
 
 def _controls(studio: Studio, first: Gallery) -> SimpleNamespace:
     generator = studio.catalogue.get(first.source, GENERATOR)
+    steps, guidance = own_settings(generator)
     ui = SimpleNamespace()
     labels = list(dict.fromkeys(picture.recipe.label for picture in first.pictures))
     with gr.Group(elem_id="generate-what"):
@@ -37,8 +38,12 @@ def _controls(studio: Studio, first: Gallery) -> SimpleNamespace:
         )  # fmt: skip
         ui.last_model = gr.State(first.source)  # that the labels belong to
         ui.labels = label_picker(
-            label_names(generator), labels, label="What to make", info="One label or several; type to search.",
-            elem_id="generate-labels",
+            label_names(generator), [] if generator.accepts_text else labels, label="What to make",
+            info="One label or several; type to search.", elem_id="generate-labels", visible=not generator.accepts_text,
+        )  # fmt: skip
+        ui.prompt = gr.Textbox(
+            FIRST_PROMPT, label="What to make", max_lines=4, visible=generator.accepts_text, elem_id="generate-prompt",
+            info="What the picture shows, in words; press Enter. Empty: anything.",
         )  # fmt: skip
         ui.count = gr.Slider(
             1, MAX_OF_EACH, value=len(first.pictures) // len(labels), step=1, label="Pictures of each", buttons=[],
@@ -53,12 +58,12 @@ def _controls(studio: Studio, first: Gallery) -> SimpleNamespace:
         ui.fresh = gr.Checkbox(True, label="New seed each time", elem_id="generate-fresh")
     with gr.Accordion("More", open=False, elem_id="generate-more"):
         ui.steps = gr.Number(
-            generator.config.num_steps, label="Steps", step=1, elem_id="generate-steps",
+            steps, label="Steps", step=1, elem_id="generate-steps",
             info="More is slower, and better up to a point.",
         )  # fmt: skip
         ui.guidance = gr.Number(
-            generator.config.guidance_scale, label="Guidance", step=0.5, elem_id="generate-guidance",
-            info="Higher follows the label more closely and varies less.",
+            guidance, label="Guidance", step=0.5, elem_id="generate-guidance",
+            info="Higher follows what is asked for more closely and varies less.",
         )  # fmt: skip
     with gr.Row(elem_classes="mt-buttons"):
         ui.generate = gr.Button("Generate", size="sm", variant="primary", elem_id="generate-run", min_width=110)
@@ -93,15 +98,16 @@ def _connect(studio: Studio, session: gr.State, title: gr.HTML, ui: SimpleNamesp
     events = GenerateEvents(studio)
     # The order of GenerateEvents' results:
     outputs = [ui.grid, ui.numbers, ui.seed, ui.panel, ui.png, ui.zip, ui.python, ui.command, title]
-    settings = [ui.model, ui.labels, ui.count, ui.seed, ui.fresh, ui.steps, ui.guidance]
+    settings = [ui.model, ui.labels, ui.prompt, ui.count, ui.seed, ui.fresh, ui.steps, ui.guidance]
     # The gallery shows its own progress.
     quiet = {"show_progress": "hidden", "api_visibility": "private"}
     # "multiple": a new run replaces the one under way; else Gradio drops clicks until it has wound the last run up.
     run = {**quiet, "trigger_mode": "multiple"}
-    for listener in (ui.generate.click, ui.labels.submit, ui.seed.submit, ui.steps.submit, ui.guidance.submit):
+    fields = (ui.labels, ui.prompt, ui.seed, ui.steps, ui.guidance)
+    for listener in (ui.generate.click, *(field.submit for field in fields)):
         listener(events.make, [session, *settings], outputs, **run)
-    ui.panel.submit(events.vary, [session, *settings[2:]], outputs, **run)
-    adapted = [ui.model, ui.last_model, ui.labels, ui.steps, ui.guidance, title]
+    ui.panel.submit(events.vary, [session, *settings[3:]], outputs, **run)
+    adapted = [ui.model, ui.last_model, ui.labels, ui.prompt, ui.steps, ui.guidance, title]
     ui.model.input(events.adapt, [session, ui.model, ui.labels, ui.last_model], adapted, **quiet)
     ui.grid.click(events.choose, [session], [ui.panel, ui.png], **quiet)
     ui.stop.click(events.stop, [session], None, queue=False, **quiet)

@@ -8,10 +8,9 @@ import gradio as gr
 
 from . import studio_views as views
 from .studio_context import SAMPLE_SCRIPT, Studio, html, picture_input, sample_strip
-from .studio_image import ImageEvents, Shown, count_help, first_effect
+from .studio_image import ImageEvents, Shown, first_effect
+from .studio_image_controls import budget_kinds, count_slider, decoding_controls
 from .studio_session import Session
-
-KINDS = [("Tokens", "tokens"), ("Quality", "quality"), ("Bytes", "bytes")]
 
 
 def build(studio: Studio, session: gr.State, prototype: Session, title: gr.HTML) -> SimpleNamespace:
@@ -27,6 +26,8 @@ def build(studio: Studio, session: gr.State, prototype: Session, title: gr.HTML)
 
 def _controls(studio: Studio, prototype: Session) -> SimpleNamespace:
     first = prototype.result
+    tokenizer = studio.catalogue.get(first.source)
+    kinds, slider = budget_kinds(tokenizer), count_slider(tokenizer)
     ui = SimpleNamespace()
     ui.picture = picture_input(
         prototype.picture, label="Picture", sources=["upload", "webcam", "clipboard"], height=170, buttons=[],
@@ -39,12 +40,11 @@ def _controls(studio: Studio, prototype: Session) -> SimpleNamespace:
     )  # fmt: skip
     with gr.Group(elem_classes="mt-budget"):
         ui.kind = gr.Radio(
-            KINDS, value="tokens", label="Choose by", info="What you fix; the rest follows.", elem_id="image-kind",
+            kinds, value=kinds[0][1], label="Choose by", info="What you fix; the rest follows.", elem_id="image-kind",
             interactive=first.is_variable_length,
         )  # fmt: skip
         ui.count = gr.Slider(
-            1, first.max_tokens, value=first.max_tokens, step=1, label="Tokens", buttons=[], elem_id="image-count",
-            info=count_help(studio.catalogue.get(first.source)), interactive=first.is_variable_length,
+            1, value=slider["maximum"], step=1, buttons=[], elem_id="image-count", **slider
         )  # fmt: skip
         ui.quality = gr.Slider(
             10, 45, value=22, step=0.5, label="PSNR, dB", visible=False, buttons=[], elem_id="image-quality",
@@ -58,6 +58,7 @@ def _controls(studio: Studio, prototype: Session) -> SimpleNamespace:
         label="Caption", visible=False, max_lines=2, elem_id="image-caption",
         info="This decoder reads a caption along with the tokens; press Enter.",
     )  # fmt: skip
+    ui.decoder, ui.decoding = decoding_controls(tokenizer)
     ui.tile = gr.Checkbox(
         False, label="Keep size and shape", elem_id="image-tile", info="Tiles instead of one cropped square.",
     )  # fmt: skip
@@ -130,7 +131,7 @@ def _results(studio: Studio, prototype: Session, ui: SimpleNamespace) -> None:
 
 def _connect(studio: Studio, session: gr.State, title: gr.HTML, ui: SimpleNamespace) -> None:
     events = ImageEvents(studio)
-    controls = [ui.model, ui.kind, ui.count, ui.quality, ui.size, ui.tile, ui.caption]
+    controls = [ui.model, ui.kind, ui.count, ui.quality, ui.size, ui.tile, ui.caption, *ui.decoding]
     # The order of Shown.outputs:
     shown = [ui.numbers, ui.slider, ui.grid, ui.code, ui.png, ui.mtok, ui.python, ui.command, ui.plot, title]
     quiet = {"show_progress": "hidden", "api_visibility": "private"}
@@ -144,17 +145,19 @@ def _connect(studio: Studio, session: gr.State, title: gr.HTML, ui: SimpleNamesp
 
     look(ui.picture.upload(events.encode_upload, [session, ui.picture, *controls], [ui.picture, *shown], **work))
     look(ui.samples.click(events.encode_sample, [session, *controls], [ui.picture, *shown], **work))
-    adapted = [ui.model, ui.kind, ui.count, ui.quality, ui.size, ui.caption]
-    fitted = ui.model.input(events.adapt, [session, ui.model, ui.count], adapted, **work)
+    adapted = [ui.model, ui.kind, ui.count, ui.quality, ui.size, ui.caption, ui.decoder, *ui.decoding]
+    fitted = ui.model.input(events.adapt, [session, ui.model, ui.kind, ui.count], adapted, **work)
     look(fitted.success(events.encode, [session, *controls], shown, **work))
     ui.kind.input(events.show_kind, [ui.kind], [ui.count, ui.quality, ui.size], **quiet)
     for slider in (ui.count, ui.quality):
         # While a slider moves, requests do not pile up: the newest waits for the one that runs.
         look(slider.input(events.encode, [session, *controls], shown, trigger_mode="always_last", **work))
-    for listener in (ui.kind.input, ui.tile.input, ui.size.submit, ui.size.blur, ui.caption.submit):
-        look(listener(events.encode, [session, *controls], shown, **work))
+    decoding = [field.input if isinstance(field, gr.Checkbox) else field.submit for field in ui.decoding]
+    for listener in (ui.kind.input, ui.tile.input, ui.size.submit, ui.size.blur, ui.caption.submit, *decoding):
+        # "multiple": a new run replaces the one under way; else Gradio would not hear of it.
+        look(listener(events.encode, [session, *controls], shown, trigger_mode="multiple", **work))
     opened = ui.upload.upload(events.open_tokens, [session, ui.upload, ui.caption], [ui.model, *shown], **work)
-    opened = opened.success(events.adapt, [session, ui.model, ui.count], adapted, **quiet)
+    opened = opened.success(events.adapt, [session, ui.model, ui.kind, ui.count], adapted, **quiet)
     look(opened)
     ui.grid.click(events.choose, [session], [ui.code, ui.effect], **(work | {"show_progress_on": ui.effect}))
     for listener in (ui.change.click, ui.code.submit):

@@ -1,5 +1,6 @@
 """A studio in a process of its own, with two small random models, and a browser; shared by the tests of this folder."""
 
+import importlib.util
 import os
 import shutil
 import socket
@@ -53,8 +54,20 @@ def save_random_generator(folder: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def models_dir(tmp_path_factory) -> Path:
+def picture_models(tmp_path_factory) -> Path:
+    """A folder with small models of FlexTok, TokenFlow and SEED, and their generators; see picture_models.py."""
+    spec = importlib.util.spec_from_file_location("picture_models", Path(__file__).with_name("picture_models.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    folder = tmp_path_factory.mktemp("pictures")
+    module.save_picture_models(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def models_dir(picture_models, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models")
+    shutil.copytree(picture_models, folder, dirs_exist_ok=True)
     save_random_models(folder)
     save_random_generator(folder)
     return folder

@@ -157,6 +157,8 @@ def test_compare_two_models(user):
     page.locator("#compare-view-2 img").wait_for()
     user.choose("#compare-a", "random-piece (local)")
     user.choose("#compare-b", "random-titok (local)")
+    page.locator("#compare-kind").get_by_text("Equal tokens").click()
+    page.locator("#compare-count").wait_for()
     user.fill("#compare-count", 16, then="Tab")
     table = page.locator("#compare-table")
     table.get_by_text("random-titok always uses 32 tokens").wait_for()

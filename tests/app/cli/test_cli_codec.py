@@ -4,6 +4,7 @@ import json
 
 import mediatok as mt
 import pytest
+import torch
 from PIL import Image
 
 
@@ -85,6 +86,17 @@ def test_reconstruct_tells_psnr(run, photos, tmp_path):
     assert len(records) == 3
     assert all(0 < record["psnr"] < 100 and record["bytes"] > 0 for record in records)
     assert (tmp_path / "photos-reconstructed/more/c.png").is_file()
+
+
+def test_reconstruct_with_a_model_that_draws_larger(run, photos, monkeypatch):
+    monkeypatch.setattr(
+        mt.TiTok, "decode_ids", lambda self, ids, lengths_B=None: torch.full((len(ids), 3, 96, 96), 0.5)
+    )
+    result = run("reconstruct", photos / "a.png", "--json")
+    assert result.code == 0
+    with Image.open(photos / "a.reconstructed.png") as picture:
+        assert picture.size == (96, 96)
+    assert json.loads(result.out)["results"][0]["psnr"] > 0
 
 
 def test_reconstruct_with_continuous_latents(run, photos, shipped):

@@ -13,7 +13,8 @@ import mediatok as mt
 import numpy as np
 import pytest
 import torch
-from mediatok.app.cli_generate import parse_options, parse_units, tile
+from mediatok.app.cli_generate import parse_units, tile
+from mediatok.app.cli_settings import parse_options
 from mediatok.core import generator as base
 from mediatok.core import registry
 from mediatok.generators.maskgit import MaskGIT
