@@ -1,11 +1,11 @@
-"""Weights in eight, six or four bits each: blocks of 64 share a half-precision scale. About 44, 33 or 20 dB.
+"""Weights in eight, six, five or four bits each: blocks of 64 share a half-precision scale. About 44, 32, 26 or 20 dB.
 
 For models that ship with the package. They are widened when they are loaded; computing is as always. Four bits are for
 models that were trained with their weights rounded to them (`rounded`).
 
     NAME, NAME.int8_scales                     int8 in the weight's shape, float16 [number of blocks]
     NAME.int6, NAME.int6_scales, NAME.shape    uint8 [number of blocks, 48], float16 [number of blocks], int64
-    NAME.int4, NAME.int4_scales, NAME.shape    uint8 [number of blocks, 32], float16 [number of blocks], int64
+    NAME.int5, NAME.int4                       likewise, of 40 and 32 bytes
 
 A part that is a whole shipped model, such as the VAE of a tokenizer over latents, may be left out; the file's header
 then says so: `borrowed` is JSON, {part: [name of the model, its fingerprint]}.
@@ -31,21 +31,24 @@ COMPACT_WEIGHTS = "weights_compact.safetensors"  # not diffusers' name: it would
 BLOCK = 64
 SMALLEST = 4096  # elements; smaller tensors, such as biases and norms, keep float16
 SCALES, SHAPE = "_scales", ".shape"  # behind the name of the weights, or of the packed weights
-PACKED = {6: ".int6", 4: ".int4"}
+PACKED = {6: ".int6", 5: ".int5", 4: ".int4"}
 BYTE_SCALES = ".int8" + SCALES
 BORROWED = "borrowed"  # in the header
 CLIPPED = (1.0, 0.95, 0.9, 0.85, 0.8)  # of a block's largest weight: with few steps, clipping it may lose less
 
 
-def compact(state_dict: Mapping[str, Tensor], exact: tuple[str, ...], bits: int = 8) -> dict[str, Tensor]:
-    """The tensors as they are stored: large matrices in `bits` (8, 6 or 4) beside their scales, the others as float16.
+def compact(state_dict: Mapping[str, Tensor], fingerprinted: tuple[str, ...], bits: int = 8) -> dict[str, Tensor]:
+    """The tensors as they are stored: large matrices in `bits` (8, 6, 5, 4) beside their scales, the others as float16.
 
-    Tensors whose names start with one of `exact`, and integers, stay as they are.
+    Integers stay as they are. Tensors whose names start with one of `fingerprinted` are kept as bfloat16, which is what
+    the fingerprint of a tokenizer is made of.
     """
     stored: dict[str, Tensor] = {}
     for name, value in state_dict.items():
-        if name.startswith(exact) or not value.is_floating_point():
+        if not value.is_floating_point():
             stored[name] = value.contiguous()
+        elif name.startswith(fingerprinted):
+            stored[name] = value.to(torch.bfloat16).contiguous()
         elif not is_large(value):
             stored[name] = value.to(torch.float16).contiguous()
         elif bits == 8:
@@ -151,7 +154,7 @@ def _layout(bits: int) -> tuple[Tensor, Tensor]:
 def _packed(whole_N64: Tensor, bits: int) -> Tensor:
     """Numbers from -2^(bits - 1) on as uint8 [N, W]."""
     numbers, places = _layout(bits)
-    unsigned = (whole_N64.int() + 2 ** (bits - 1)).view(len(whole_N64), -1, len(numbers))
+    unsigned = (whole_N64.long() + 2 ** (bits - 1)).view(len(whole_N64), -1, len(numbers))
     groups = (unsigned << numbers).sum(dim=2, keepdim=True)
     return (groups >> places & 255).to(torch.uint8).flatten(1)
 

@@ -114,6 +114,20 @@ ENTRIES = {
         ),
         ModelEntry("xar-tiny", "XAR", "Apache-2.0", 3_838_184, "64 px emoji, over kl-tiny", kind="generator"),
         ModelEntry(
+            "flextok-tiny", "FlexTok", "Apache-2.0", 7_448_711, "64 px, 1 to 64 tokens; a flow over kl-tiny's latents"
+        ),
+        ModelEntry(
+            "flexar-tiny", "NextToken", "Apache-2.0", 2_973_184, "64 px emoji, over flextok-tiny", kind="generator"
+        ),
+        ModelEntry(
+            "tokenflow-tiny", "TokenFlow", "Apache-2.0", 3_083_339,
+            "64 px, 130 tokens over 6 scales, with what they mean"
+        ),
+        ModelEntry(
+            "tokenflow-t2i-tiny", "NextScaleLlama", "Apache-2.0", 2_430_464, "64 px emoji by name, over tokenflow-tiny",
+            kind="generator",
+        ),
+        ModelEntry(
             "simcodec-tiny", "SimCodec", "Apache-2.0", 3_447_025, "speech at 16 kHz, 0.6 kbps; one Russian voice",
             modality="speech",
         ),

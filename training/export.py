@@ -19,7 +19,7 @@ from ..core.registry import load, models
 from .checkpoint import load_checkpoint, whole_checkpoints
 from .recipe import check_recipe
 
-DTYPES = ("float32", "float16", "int8", "int6", "int4")
+DTYPES = ("float32", "float16", "int8", "int6", "int5", "int4")
 
 
 def export_model(model: torch.nn.Module, out: str | Path, dtype: str = "float32") -> Path:
@@ -45,7 +45,7 @@ def export_model(model: torch.nn.Module, out: str | Path, dtype: str = "float32"
         own = {key: value for key, value in model.state_dict().items() if key.split(".")[0] not in lenders}
         header = {BORROWED: json.dumps(lenders)} if lenders else None
         with atomic_write(Path(out) / COMPACT_WEIGHTS) as temporary:
-            save_file(compact(own, stored_exactly(model), bits=int(dtype[3:])), temporary, header)
+            save_file(compact(own, fingerprinted(model), bits=int(dtype[3:])), temporary, header)
         return Path(out)
     for name, parameter in model.named_parameters():
         if not name.startswith("quantize."):  # codes are searched in fp32, and are few
@@ -54,8 +54,8 @@ def export_model(model: torch.nn.Module, out: str | Path, dtype: str = "float32"
     return Path(out)
 
 
-def stored_exactly(model: torch.nn.Module) -> tuple[str, ...]:
-    """How the names of the weights begin that are never rounded: the codes, and what else ids depend on."""
+def fingerprinted(model: torch.nn.Module) -> tuple[str, ...]:
+    """How the names of the weights begin that ids depend on: of the codes, and what else a fingerprint is made of."""
     return ("quantize.", *getattr(model, "fingerprint_weights", ()))
 
 

@@ -133,15 +133,13 @@ class RunRecipe(Section):
     checkpoint_every: Count = 1000
     keep_checkpoints: Positive = 2
     num_samples: Positive = 8
-    export_dtype: Literal["float32", "float16", "int8", "int6", "int4"] = "float32"
+    export_dtype: Literal["float32", "float16", "int8", "int6", "int5", "int4"] = "float32"
     rounded_steps: Count = 0
 
     @model_validator(mode="after")
     def _rounds(self):
         if self.rounded_steps and not self.export_dtype.startswith("int"):
-            raise ValueError(
-                f"rounded_steps needs an export_dtype to round to (int8, int6, int4), not {self.export_dtype}"
-            )
+            raise ValueError(f"rounded_steps needs an export_dtype to round to (int8 to int4), not {self.export_dtype}")
         return self
 
 

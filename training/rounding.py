@@ -14,7 +14,7 @@ from torch import nn
 
 from ..core.base import Tokenizer
 from ..core.compact import is_large, rounded
-from .export import stored_exactly
+from .export import fingerprinted
 
 
 @contextmanager
@@ -23,12 +23,12 @@ def rounded_weights(model: nn.Module, bits: int) -> Iterator[None]:
     are frozen tokenizers.
     """
     frozen = [name + "." for name, child in model.named_children() if isinstance(child, Tokenizer)]
-    exact = (*stored_exactly(model), *frozen)
+    kept = (*fingerprinted(model), *frozen)
     with torch.no_grad():
         pairs = [
             (parameter, parameter.detach().clone())
             for name, parameter in model.named_parameters()
-            if is_large(parameter) and not name.startswith(exact)
+            if is_large(parameter) and not name.startswith(kept)
         ]
         for parameter, value in pairs:
             parameter.copy_(rounded(value, bits))

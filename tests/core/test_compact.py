@@ -1,4 +1,4 @@
-"""Weights of eight, six and four bits: how exact they are, what stays as it was, and what is refused."""
+"""Weights of eight, six, five and four bits: how exact they are, what stays as it was, and what is refused."""
 
 import copy
 
@@ -25,7 +25,7 @@ from mediatok.training.flextok_recipe import FlexTokModelRecipe
 from safetensors.torch import load_file, save_file
 
 
-@pytest.mark.parametrize(("bits", "error"), [(8, 0.01), (6, 0.025), (4, 0.11)])
+@pytest.mark.parametrize(("bits", "error"), [(8, 0.01), (6, 0.025), (5, 0.055), (4, 0.11)])
 def test_large_matrices_lose_little(bits, error):
     rng = torch.Generator().manual_seed(0)
     state = {
@@ -43,13 +43,14 @@ def test_large_matrices_lose_little(bits, error):
     assert list(again) == list(state)
     row_error = (again["a.weight"] - state["a.weight"]).norm(dim=1) / state["a.weight"].norm(dim=1)
     assert row_error[10:].median() < error
-    assert torch.equal(again["quantize.embedding.weight"], state["quantize.embedding.weight"])
+    codes = state["quantize.embedding.weight"]
+    assert torch.equal(again["quantize.embedding.weight"].float(), codes.bfloat16().float())
     assert torch.equal(again["steps"], state["steps"])
     assert torch.equal(again["zeros.weight"], state["zeros.weight"])
     assert torch.allclose(again["a.bias"].float(), state["a.bias"], rtol=1e-3)
 
 
-@pytest.mark.parametrize(("bits", "width"), [(6, 48), (4, 32)])
+@pytest.mark.parametrize(("bits", "width"), [(6, 48), (5, 40), (4, 32)])
 def test_bits_are_packed_without_loss(bits, width):
     whole = (torch.arange(64) % 2**bits - 2 ** (bits - 1)).to(torch.int8).repeat(2, 1)
     whole[1] = whole[1].flip(0)

@@ -14,6 +14,8 @@ def random_models(shipped, monkeypatch):
     """Random models in the place of the shipped ones; what they give back is poor, and need not be better."""
     load, speech = registry.load, {name: registry.load(name) for name in (demo.CODEC, demo.RECOGNISER)}
     monkeypatch.setattr(registry, "PRETRAINED", shipped)
+    here = [entry for entry in registry.models() if entry.is_shipped and entry.folder.is_dir()]
+    monkeypatch.setattr(registry, "models", lambda: here)
     monkeypatch.setattr(demo, "MIN_PSNR", 0.0)
     monkeypatch.setattr(registry, "load", lambda name: speech.get(name) or load(name))
 
@@ -56,8 +58,10 @@ def test_broken_models_fail_the_check(random_models, monkeypatch, capsys):
     assert "self-check failed" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["titok-tiny", "one-d-piece-tiny"])
-def test_shipped_models_give_the_samples_back(name):
+@pytest.mark.parametrize(
+    ("name", "least"), [("titok-tiny", 20), ("one-d-piece-tiny", 20), ("tokenflow-tiny", 20), ("flextok-tiny", 16)]
+)
+def test_shipped_models_give_the_samples_back(name, least):
     tokenizer = registry.load(name)
     emoji = [path for path in sorted(demo.SAMPLES.glob("*.png")) if path.stem != demo.TILED_SAMPLE]
     rows = demo.check_tokenizer(tokenizer, emoji)
@@ -65,7 +69,7 @@ def test_shipped_models_give_the_samples_back(name):
     for row in rows:
         by_length.setdefault(int(row.tokens.lengths[0]), []).append(row.psnr)
     means = [sum(values) / len(values) for _, values in sorted(by_length.items())]
-    assert means[-1] >= 20
+    assert means[-1] >= least
     assert means == sorted(means)
     assert len(means) == (2 if tokenizer.is_variable_length else 1)
 
