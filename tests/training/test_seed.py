@@ -13,7 +13,7 @@ from mediatok.tokenizers.image.kl_vae import KLAutoencoder
 from mediatok.training.export import export_run
 from mediatok.training.recipe import check_recipe
 from mediatok.training.seed import Captions, NamedFolder, build_seed, seed_trainer
-from mediatok.training.seed_recipe import SeedRecipe, load_seed_recipe
+from mediatok.training.seed_recipe import SeedDataRecipe, SeedRecipe, load_seed_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SIZES = {
@@ -120,14 +120,20 @@ def test_captions(tmp_path):
 
 
 def test_names(pictures, tmp_path):
-    (tmp_path / "names.json").write_text('{"p00": {"name": "first"}}')
+    names = tmp_path / "names.json"
+    names.write_text('{"p00": {"name": "first", "kind": "noise"}}')
     (pictures / "p01.txt").write_text("own text")
-    folder = NamedFolder(pictures, None, tmp_path / "names.json")
+    recipe = SeedDataRecipe(train=str(pictures), names=names)
+    folder = NamedFolder(pictures, None, recipe)
     assert [folder.read(i)[1] for i in range(3)] == ["first", "own text", ""]
+    both = recipe.model_copy(update={"caption_fields": ("name", "kind")})
+    assert NamedFolder(pictures, None, both).captions()[0] == "first, noise"
+    with pytest.raises(InvalidRecipe, match="colour"):
+        NamedFolder(pictures, None, recipe.model_copy(update={"caption_fields": ("colour",)}))
     for text in ("[]", "{", '{"p00": "first"}'):
-        (tmp_path / "names.json").write_text(text)
+        names.write_text(text)
         with pytest.raises(InvalidRecipe, match=r"data\.names"):
-            NamedFolder(pictures, None, tmp_path / "names.json")
+            NamedFolder(pictures, None, recipe)
 
 
 @pytest.mark.parametrize(
