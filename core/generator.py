@@ -425,9 +425,11 @@ class ImageGenerator(Model):
             ) from None
 
 
-def check_option_names(model: Any, names: Iterable[str]) -> None:
-    """Raise InvalidInput for a name that is no parameter of `model.settings`; the nearest ones are offered."""
-    known = list(inspect.signature(model.settings).parameters)
+def check_option_names(model: Any, names: Iterable[str], known: Iterable[str] | None = None) -> None:
+    """Raise InvalidInput for a name that is none of `known`, or no parameter of `model.settings`; the nearest ones are
+    offered.
+    """
+    known = list(inspect.signature(model.settings).parameters if known is None else known)
     for name in names:
         if name not in known:
             raise InvalidInput(

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..core.base import OnStep
-from ..core.errors import InvalidInput, nearest_names
-from ..core.generator import Generation, check_flag
+from ..core.errors import InvalidInput
+from ..core.generator import Generation, check_flag, check_option_names
 from ..core.image_tokenizer import ImageTokenizer
 from ..core.prompts import read_prompts
 from ..core.tokens import Tokens
@@ -75,12 +75,7 @@ class WrittenPictures:
         return prompts
 
     def checked_settings(self, /, steps=None, guidance: float | None = None, **options) -> DrawnSettings:
-        for name in options:
-            if name not in self._defaults:
-                known = ", ".join(self._defaults)
-                raise InvalidInput(
-                    f"{self.name} has no option {name!r}.{nearest_names(name, self._defaults)} It has {known}."
-                )
+        check_option_names(self, options, self._defaults)
         given = {"steps": steps, "guidance": guidance} | options
         given = self._defaults | {name: value for name, value in given.items() if value is not None}
         (drawing,) = self.tokenizer.decoding_arguments(steps=given["steps"], guidance=given["guidance"]).values()

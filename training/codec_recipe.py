@@ -82,6 +82,12 @@ class CodecRecipe(TrainingRun):
     loss: CodecLossRecipe = CodecLossRecipe()
     optimizer: CodecOptimizerRecipe = CodecOptimizerRecipe()
 
+    @model_validator(mode="after")
+    def _rounds_what_is_stored(self):
+        if self.run.rounded_steps and self.model.weight_norm:
+            raise ValueError("run.rounded_steps rounds weights as they are stored, and model.weight_norm trains others")
+        return self
+
 
 def load_codec_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> CodecRecipe:
     """Read and check the recipe at `path`; see `load_recipe`."""

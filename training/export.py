@@ -26,7 +26,8 @@ def export_model(model: torch.nn.Module, out: str | Path, dtype: str = "float32"
     """Save `model` to `out` in the library's layout, its weights stored as `dtype` (computing is in fp32 again).
 
     "int8" makes a folder of half the size of "float16", "int6" of three eighths, "int4" of a quarter, which
-    `mediatok.load` reads (see core/compact.py).
+    `mediatok.load` reads (see core/compact.py). Parts that are tokenizers keep eight bits
+    at least: no run gets used to their rounding.
     """
     if dtype not in DTYPES:
         raise InvalidInput(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
@@ -42,10 +43,14 @@ def export_model(model: torch.nn.Module, out: str | Path, dtype: str = "float32"
         Path(out).mkdir(parents=True, exist_ok=True)
         model.save_config(out)
         lenders = _lenders(model)
-        own = {key: value for key, value in model.state_dict().items() if key.split(".")[0] not in lenders}
         header = {BORROWED: json.dumps(lenders)} if lenders else None
+        parts, own, kept = tuple(f"{part}." for part in tokenizer_parts(model)), {}, {}
+        for key, value in model.state_dict().items():
+            if key.split(".")[0] not in lenders:
+                (kept if key.startswith(parts) else own)[key] = value
+        stored = compact(own, fingerprinted(model), bits=int(dtype[3:])) | compact(kept, fingerprinted(model), bits=8)
         with atomic_write(Path(out) / COMPACT_WEIGHTS) as temporary:
-            save_file(compact(own, fingerprinted(model), bits=int(dtype[3:])), temporary, header)
+            save_file(stored, temporary, header)
         return Path(out)
     for name, parameter in model.named_parameters():
         if not name.startswith("quantize."):  # codes are searched in fp32, and are few
@@ -59,11 +64,16 @@ def fingerprinted(model: torch.nn.Module) -> tuple[str, ...]:
     return ("quantize.", *getattr(model, "fingerprint_weights", ()))
 
 
+def tokenizer_parts(model: torch.nn.Module) -> dict[str, Tokenizer]:
+    """The parts of a model that are tokenizers of their own, such as the VAE of one over latents, by name."""
+    return {name: child for name, child in model.named_children() if isinstance(child, Tokenizer)}
+
+
 def _lenders(model: torch.nn.Module) -> dict[str, tuple[str, str]]:
     """The parts of `model` that are whole shipped models, bit for bit, with the name and the fingerprint of each."""
     found = {}
-    for part, child in model.named_children():
-        for entry in models() if isinstance(child, Tokenizer) else []:
+    for part, child in tokenizer_parts(model).items():
+        for entry in models():
             if entry.class_name != type(child).__name__ or not entry.is_shipped:
                 continue
             lender = load(entry.name)

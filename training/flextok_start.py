@@ -1,10 +1,13 @@
 """A start for small data sets: every register of a FlexTok begins with its own part of the picture.
 
-From the published initialisation the decoder learns what pictures look like without a word from the registers, long
-before these say anything. So here, as in `aligned_start.py`, registers begin as looking at places, the first ones far
-apart, and noisy patches as looking at the registers of their place. What patches and codes hold begins in the half of
-the channels that their attention does not read; codes, values and gates start with gain one. Nothing of it is fixed but
-the table of patch places: training moves all else.
+From the published initialisation the decoder learns what pictures look like long before the registers say anything: on
+the emoji at 64 px, 64 tokens gave held-out pictures back with 10.1 dB after 800 steps of 32, and from this start with
+14.8 dB after 400 (one trial each).
+
+So here, as in `aligned_start.py`, registers begin as looking at places, the first ones far apart, and noisy patches as
+looking at the registers of their place. What patches and codes hold begins in the half of the channels that their
+attention does not read; codes, values and gates start with gain one. Nothing of it is fixed but the table of patch
+places: training moves all else.
 
 Shape suffixes: K registers, P patches, W width, F = W/2 position features, I inputs of a layer.
 """

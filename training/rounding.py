@@ -12,18 +12,14 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ..core.base import Tokenizer
 from ..core.compact import is_large, rounded
-from .export import fingerprinted
+from .export import fingerprinted, tokenizer_parts
 
 
 @contextmanager
 def rounded_weights(model: nn.Module, bits: int) -> Iterator[None]:
-    """The weights that an export rounds, rounded to `bits` in place while the block runs, but for those of parts that
-    are frozen tokenizers.
-    """
-    frozen = [name + "." for name, child in model.named_children() if isinstance(child, Tokenizer)]
-    kept = (*fingerprinted(model), *frozen)
+    """The weights that an export rounds to `bits`, rounded in place while the block runs."""
+    kept = (*fingerprinted(model), *(f"{part}." for part in tokenizer_parts(model)))
     with torch.no_grad():
         pairs = [
             (parameter, parameter.detach().clone())

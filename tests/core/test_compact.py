@@ -167,8 +167,10 @@ def test_a_part_that_differs_is_stored(borrower, tmp_path):
     model = copy.deepcopy(borrower[1])
     with torch.no_grad():
         next(model.vae.parameters()).add_(1e-3)
-    export_model(model, tmp_path / "own", "int6")
-    assert any(key.startswith("vae.") for key in load_file(tmp_path / "own" / COMPACT_WEIGHTS))
+    export_model(model, tmp_path / "own", "int4")
+    stored = load_file(tmp_path / "own" / COMPACT_WEIGHTS)
+    assert {key.endswith(".int4") for key in stored if key.startswith("vae.")} == {False}  # nothing made up for that
+    assert any(key.endswith(".int4") for key in stored)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from mediatok.core.compact import is_large, rounded
 from mediatok.core.errors import InvalidRecipe
+from mediatok.training.codec_recipe import CodecRecipe
 from mediatok.training.recipe import check_recipe
 from mediatok.training.rounding import rounded_weights
 from mediatok.training.tokenizer import TokenizerTrainer
@@ -62,6 +63,14 @@ def test_a_run_validates_and_stores_the_rounded_weights(recipe_values, tmp_path,
     trainer.run()
     assert seen == {step: step >= steps - 2 for step in range(1, steps + 1)}
     assert (tmp_path / "run" / "model" / "weights_compact.safetensors").is_file()
+
+
+def test_weights_that_are_stored_otherwise_cannot_be_rounded():
+    run = {"rounded_steps": 2, "export_dtype": "int4", "steps": 20_000}
+    values = {"name": "x", "output": "x", "data": {"train": "x"}, "run": run}
+    values["model"] = {"class_name": "SimCodec", "weight_norm": True}
+    with pytest.raises(InvalidRecipe, match="weight_norm trains others"):
+        check_recipe(values, CodecRecipe)
 
 
 def test_rounding_needs_bits_to_round_to(recipe_values):
