@@ -157,7 +157,8 @@ class FlexTokTrainer(Trainer):
         loss = self.recipe.loss
         with torch.no_grad():
             latents_BCGG = self.raw_model.tokenizer.vae.encode_latents(pixels_B3HW, rng, sample=True)
-            target_BPT = None if self.teacher is None else self.teacher(pixels_B3HW)
+            with self.accelerator.autocast():
+                target_BPT = None if self.teacher is None else self.teacher(pixels_B3HW)
         features_of = None if self.teacher is None else loss.features_of
         return model(latents_BCGG, rng, loss.times, loss.null_share, target_BPT, features_of)
 

@@ -11,7 +11,6 @@ Shape suffixes: B batch, V validation pictures, 3/H/W image, L tokens of a capti
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from abc import abstractmethod
@@ -23,78 +22,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.errors import InvalidRecipe, ModelNotFound, TokenizerMismatch
-from ..core.files import read_limited
 from ..core.registry import load
-from ..generators.text_pieces import BOS, PAD, Pieces, pieces_of
 from ..tokenizers.image.drawing import checked_drawing
 from ..tokenizers.image.seed import Seed
 from ..tokenizers.image.seed_contrast import SeedContrast
 from .build import config_of, construct, sizes_like
 from .code_revival import place_centres
-from .data import ImageFolder, TrainingPictures, centre_crops, derived_seed, open_source, to_float, training_batches
+from .data import TrainingPictures, centre_crops, derived_seed, open_source, to_float, training_batches
 from .schedule import make_optimizer
+from .seed_data import CaptionPairs, Captions, NamedFolder
 from .seed_losses import seed_loss
-from .seed_recipe import PARTS, SeedDataRecipe, SeedModelRecipe, SeedRecipe, load_seed_recipe
+from .seed_recipe import PARTS, SeedModelRecipe, SeedRecipe, load_seed_recipe
+from .teachers import build_teacher
 from .tracker import Tracker
 from .trainer import Trainer, run_from_command_line
 from .validate import code_usage
 
 logger = logging.getLogger(__name__)
-MAX_NAMES_BYTES = 256 * 2**20
 FITTED_PICTURES = 1024  # whose vectors place the codes
 Batch = tuple[Tensor, list[str]]
-
-
-class Captions:
-    """Captions to ids int64 [B, L], padded on the right, and where they are tokens.
-
-    Words and characters of `texts` (of the training set) are the vocabulary, unless a folder brings one.
-    """
-
-    def __init__(self, texts: Sequence[str], max_tokens: int, folder: Path | None = None):
-        self.max_tokens, self.released = max_tokens, None
-        if folder is None:
-            self.pieces = Pieces(pieces_of(texts))
-            self.size = len(self.pieces)
-            return
-        from transformers import AutoTokenizer
-
-        try:
-            self.released = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # the parsers of other libraries raise many kinds
-            raise ModelNotFound(f"the text tokenizer in {folder} cannot be read ({type(error).__name__})") from error
-        self.size = len(self.released)
-
-    def __call__(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        if self.released is not None:
-            batch = self.released(
-                list(texts), padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt"
-            )
-            return batch.input_ids, batch.attention_mask.bool()
-        rows = [[BOS, *self.pieces.encode(text)][: self.max_tokens] for text in texts]
-        ids_BL = torch.tensor([row + [PAD] * (self.max_tokens - len(row)) for row in rows])
-        return ids_BL, ids_BL != PAD
-
-
-class NamedFolder(ImageFolder):
-    """An image folder whose captions are in a JSON file, where no text file lies beside a picture."""
-
-    def __init__(self, folder: str | Path, split: str | None, recipe: SeedDataRecipe):
-        super().__init__(folder, split)
-        names, fields = recipe.names, recipe.caption_fields
-        try:
-            table = json.loads(read_limited(names, MAX_NAMES_BYTES))
-            self.names = {stem: ", ".join(str(entry[field]) for field in fields) for stem, entry in table.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            example = dict.fromkeys(fields, "...")
-            raise InvalidRecipe(f"data.names {names} must map file stems to {example} ({error!r})") from None
-
-    def read(self, index: int):
-        image, caption = super().read(index)
-        return image, caption or self.names.get(self.paths[index].stem, "")
-
-    def captions(self) -> list[str]:
-        return [self.names.get(path.stem, "") for path in self.paths]
 
 
 class SeedTrainer(Trainer):
@@ -103,7 +49,7 @@ class SeedTrainer(Trainer):
     def build_models(self, state: dict | None) -> None:
         recipe = self.recipe
         self.split = recipe.data.val is None
-        self.source = self._open(recipe.data.train, "train" if self.split else None)
+        self.source = self._open(recipe.data.train, "train" if self.split else None, recipe.data.styles)
         model = build_seed(recipe.model, None if state is None else state["model_config"])
         self.raw_model = self.wrapped(model).to(self.device).train()
         self.is_new = state is None
@@ -116,9 +62,11 @@ class SeedTrainer(Trainer):
     def seed(self) -> Seed:
         return self.raw_model.get_submodule(self.exported_part)
 
-    def _open(self, path: str, split: str | None):
+    def _open(self, path: str, split: str | None, styles: Sequence[Path] = ()):
         data = self.recipe.data
-        return open_source(path, split) if data.names is None else NamedFolder(path, split, data)
+        if data.names is None:
+            return open_source(path, split)
+        return CaptionPairs([path, *styles], split, data) if styles else NamedFolder([path], split, data)
 
     def build_optimizers(self) -> None:
         optimizer = self.recipe.optimizer
@@ -171,10 +119,23 @@ class ContrastTrainer(SeedTrainer):
         recipe = self.recipe
         texts = [] if recipe.text.tokenizer is not None else self._all_captions()
         self.captions = Captions(texts, recipe.text.max_tokens, recipe.text.tokenizer)
-        contrast = SeedContrast(model, self.captions.size, recipe.text.max_tokens, recipe.text.feature_size)
+        self.teacher, teacher_width = self._tower_teacher(model)
+        contrast = SeedContrast(
+            model, self.captions.size, recipe.text.max_tokens, recipe.text.feature_size,
+            between_pictures=bool(recipe.data.styles), teacher_width=teacher_width,
+        )  # fmt: skip
         model.vision.requires_grad_(recipe.model.train_tower)
         model.vision.network.post_layernorm.requires_grad_(True)
         return contrast
+
+    def _tower_teacher(self, model: Seed) -> tuple[nn.Module | None, int]:
+        """The network that the tower learns from, and how many features it has."""
+        name = self.recipe.loss.tower_teacher
+        if name is None:
+            return None, 0
+        teacher = build_teacher(name, None, model.image_size // model.config.patch_size).to(self.device)
+        with torch.no_grad():
+            return teacher, teacher(torch.zeros(1, 3, model.image_size, model.image_size, device=self.device)).shape[2]
 
     def _all_captions(self) -> list[str]:
         if isinstance(self.source, NamedFolder):
@@ -182,8 +143,15 @@ class ContrastTrainer(SeedTrainer):
         return [self.source.read(index)[1] for index in range(len(self.source))]
 
     def train_on(self, batch: Batch, micro: int) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, accuracy = self.model(*self._inputs(self.pixels(batch), batch[1]))
-        return loss, {"contrast_accuracy": accuracy, "total_loss": loss.detach()}
+        pixels_B3HW = self.pixels(batch)
+        taught_BPT = None
+        if self.teacher is not None:
+            with torch.no_grad(), self.accelerator.autocast():
+                taught_BPT = self.teacher(pixels_B3HW)
+        contrast, teaching, accuracy = self.model(*self._inputs(pixels_B3HW, batch[1]), taught_BPT)
+        loss = contrast + self.recipe.loss.tower_weight * teaching
+        metrics = {"total_loss": loss, "contrast_loss": contrast, "teaching_loss": teaching}
+        return loss, {name: value.detach() for name, value in metrics.items()} | {"contrast_accuracy": accuracy}
 
     def _inputs(self, pixels_B3HW: Tensor, captions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
         ids_BL, is_token_BL = self.captions(captions)
@@ -196,7 +164,7 @@ class ContrastTrainer(SeedTrainer):
         for pixels_B3HW, captions in zip(self.val_batches(), parts, strict=True):
             normal, ids, is_token = self._inputs(pixels_B3HW, captions)
             text_BE = model.text_features(model.caption_states(ids, is_token))
-            features.append((model.image_features(normal), text_BE))
+            features.append((model.image_features(model.seed.query_features(normal)), text_BE))
         image_VE, text_VE = (torch.cat(part) for part in zip(*features, strict=True))
         found_V = (image_VE @ text_VE.T).argmax(dim=1).tolist()
         own = [self.val_captions[found] == caption for found, caption in zip(found_V, self.val_captions, strict=True)]

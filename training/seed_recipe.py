@@ -52,10 +52,19 @@ class SeedDataRecipe(DataRecipe):
 
     names: a JSON file that has the captions of pictures without a text file beside them, by their file's stem:
     {"1f34e": {"name": "red apple"}}. caption_fields: what of it makes a caption, joined by commas.
+    styles: more folders to train on, which draw the same things in other styles, with the same captions. Two pictures
+    of a caption then come one after the other, and the first stage pulls them together, too.
     """
 
     names: Path | None = None
+    styles: tuple[Path, ...] = ()
     caption_fields: Annotated[tuple[str, ...], Field(min_length=1)] = ("name",)
+
+    @model_validator(mode="after")
+    def _captions_of_styles(self):
+        if self.styles and self.names is None:
+            raise ValueError("styles= draw what the same captions say: give those in names=")
+        return self
 
 
 class SeedTextRecipe(Section):
@@ -71,8 +80,10 @@ class SeedTextRecipe(Section):
 
 
 class SeedLossRecipe(Section):
-    """Weights of the second stage; the defaults are the authors'.
+    """Weights of the losses; the defaults of the second stage are the authors'.
 
+    tower_teacher: the network whose features the vision tower and the last query learn to give back in the first
+    stage, where the tower is trained (`train_tower`); by tower_weight, beside 1 for the contrast.
     teacher: folder of the CLIP vision model (`CLIPVisionModelWithProjection`) whose embeddings are predicted; without
     one, the mean of what the own vision tower sees is.
     """
@@ -81,6 +92,8 @@ class SeedLossRecipe(Section):
     semantic_weight: Weight = 2.0
     embedding_weight: Weight = 0.5
     teacher: Path | None = None
+    tower_teacher: Literal["efficientnet_lite0"] | None = None
+    tower_weight: Weight = 5.0
 
 
 class SeedRecipe(TrainingRun):
@@ -90,6 +103,12 @@ class SeedRecipe(TrainingRun):
     data: SeedDataRecipe
     text: SeedTextRecipe = SeedTextRecipe()
     loss: SeedLossRecipe = SeedLossRecipe()
+
+    @model_validator(mode="after")
+    def _taught_tower_learns(self):
+        if self.loss.tower_teacher is not None and not (self.model.stage == "contrast" and self.model.train_tower):
+            raise ValueError("loss.tower_teacher teaches in the first stage, with model.train_tower: true")
+        return self
 
 
 def is_seed_recipe(path: str | Path) -> bool:

@@ -80,7 +80,7 @@ class TokenFlowTrainer(TokenizerTrainer):
         total, metrics = super()._loss(output, pixels_B3HW)
         if self.teacher is None:
             return total, metrics
-        with torch.no_grad():
+        with torch.no_grad(), self.accelerator.autocast():
             target_BPT = self.teacher(pixels_B3HW)
         semantic = self.recipe.loss.semantic_weight * semantic_loss(output.semantic_BPT, target_BPT)
         total = total + semantic

@@ -66,7 +66,7 @@ def replay_stage1(replay: Replay) -> None:
     """Kind train_stage1_itc: features of pictures and captions, the contrastive loss and its gradients."""
     model = seed.contrast_from_official(replay.case.config, replay.case.weights())
     is_token_BL = replay.input("attention_mask").bool()
-    image_BE = model.image_features(replay.input("image"))
+    image_BE = model.image_features(model.seed.query_features(replay.input("image")))
     states_BLD = model.caption_states(replay.input("input_ids"), is_token_BL)
     text_BE = model.text_features(states_BLD)
     loss, _ = model.contrast(image_BE, text_BE, replay.input("input_ids"))

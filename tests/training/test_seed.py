@@ -1,19 +1,28 @@
 """SEED's three stages, one after the other, at the size of tests; resuming; recipes that do not fit."""
 
 import json
+import math
+import shutil
+from collections import Counter
 from pathlib import Path
 
 import mediatok as mt
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from mediatok.core.errors import InvalidRecipe
 from mediatok.generators.text_pieces import PAD
+from mediatok.nn.efficientnet_lite import EfficientNetLite0
 from mediatok.tokenizers.image.kl_vae import KLAutoencoder
+from mediatok.tokenizers.image.seed_contrast import SeedContrast
+from mediatok.training import teachers
 from mediatok.training.export import export_run
 from mediatok.training.recipe import check_recipe
-from mediatok.training.seed import Captions, NamedFolder, build_seed, seed_trainer
-from mediatok.training.seed_recipe import SeedDataRecipe, SeedRecipe, load_seed_recipe
+from mediatok.training.seed import build_seed, seed_trainer
+from mediatok.training.seed_data import CaptionPairs, Captions, NamedFolder
+from mediatok.training.seed_recipe import SeedDataRecipe, SeedModelRecipe, SeedRecipe, load_seed_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SIZES = {
@@ -124,16 +133,87 @@ def test_names(pictures, tmp_path):
     names.write_text('{"p00": {"name": "first", "kind": "noise"}}')
     (pictures / "p01.txt").write_text("own text")
     recipe = SeedDataRecipe(train=str(pictures), names=names)
-    folder = NamedFolder(pictures, None, recipe)
+    folder = NamedFolder([pictures], None, recipe)
     assert [folder.read(i)[1] for i in range(3)] == ["first", "own text", ""]
     both = recipe.model_copy(update={"caption_fields": ("name", "kind")})
-    assert NamedFolder(pictures, None, both).captions()[0] == "first, noise"
+    assert NamedFolder([pictures], None, both).captions()[0] == "first, noise"
     with pytest.raises(InvalidRecipe, match="colour"):
-        NamedFolder(pictures, None, recipe.model_copy(update={"caption_fields": ("colour",)}))
+        NamedFolder([pictures], None, recipe.model_copy(update={"caption_fields": ("colour",)}))
     for text in ("[]", "{", '{"p00": "first"}'):
         names.write_text(text)
         with pytest.raises(InvalidRecipe, match=r"data\.names"):
-            NamedFolder(pictures, None, recipe)
+            NamedFolder([pictures], None, recipe)
+
+
+@pytest.fixture
+def styles(values, pictures, tmp_path):
+    """Two more folders that draw some of the same, and the data section that names them."""
+    for style, kept in (("flat", 9), ("line", 3)):
+        (tmp_path / style).mkdir()
+        for path in sorted(pictures.iterdir())[:kept]:
+            shutil.copy(path, tmp_path / style / path.name)
+    return values["data"] | {"styles": [str(tmp_path / "flat"), str(tmp_path / "line")]}
+
+
+def test_pictures_of_a_caption_come_in_pairs(styles):
+    recipe = SeedDataRecipe(**styles)
+    pairs = CaptionPairs([recipe.train, *recipe.styles], None, recipe)
+    captions = pairs.captions()
+    order = pairs.order(np.random.default_rng(0))
+    assert len(order) == len(pairs) == len(list(Path(recipe.train).iterdir())) + 12
+    told = [captions[index] for index in order]
+    assert told[::2][: len(told) // 2] == told[1::2]
+    alone = {caption for caption in captions if captions.count(caption) == 1}
+    assert all((a != b) == (captions[a] not in alone) for a, b in zip(order[::2], order[1::2], strict=False))
+    turns, pictures_of = Counter(), Counter(captions)
+    for seed in range(40):
+        turns.update(captions[index] for index in pairs.order(np.random.default_rng(seed)))
+    mean = {n: np.mean([turns[c] for c, count in pictures_of.items() if count == n]) for n in (1, 3)}
+    assert mean[3] == pytest.approx(mean[1], rel=0.25)  # three pictures have no more turns than one
+
+
+def test_styles_are_pulled_together(values, styles):
+    trainer, before = train(values, data=styles)
+    assert trainer.raw_model.between_pictures
+    assert "seed.queries" in moved(trainer, before)
+    with pytest.raises(InvalidRecipe, match="names="):
+        check_recipe(values | {"data": {key: styles[key] for key in ("train", "styles")}}, SeedRecipe)
+
+
+def test_tower_learns_from_a_teacher(values, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    EfficientNetLite0().save_file(tmp_path / "lite0.safetensors")
+    monkeypatch.setattr(teachers, "DEFAULT_EFFICIENTNET", tmp_path / "lite0.safetensors")
+    taught = values | {"loss": {"tower_teacher": "efficientnet_lite0"}}
+    trainer, before = train(taught)
+    assert {"places_proj.weight", "picture_proj.weight", "seed.queries"} <= moved(trainer, before)
+    log = (Path(values["output"]) / "log.jsonl").read_text()
+    first, *_, last = [row["teaching_loss"] for row in map(json.loads, log.splitlines()) if "teaching_loss" in row]
+    assert 0 < last < first < 3
+    with pytest.raises(InvalidRecipe, match="train_tower"):
+        check_recipe(taught | {"model": values["model"] | {"train_tower": False}}, SeedRecipe)
+
+
+def test_contrast_of_pictures(values):
+    contrast = SeedContrast(build_seed(SeedModelRecipe(**values["model"])), 10, 4, 3, between_pictures=True)
+    image_BE = F.normalize(torch.randn(5, 3), dim=-1).requires_grad_()
+    ids_BL = torch.tensor([[1, 2], [1, 3], [1, 2], [1, 2], [4, 0]])  # one caption three times, two alone
+    loss = contrast.contrast_of_pictures(image_BE, ids_BL)
+    expected = []
+    for row, others in {0: (2, 3), 2: (0, 3), 3: (0, 2)}.items():
+        scores = [
+            float((image_BE[row] @ image_BE[other] / contrast.temperature).detach())
+            for other in range(5)
+            if other != row
+        ]
+        total = math.log(sum(math.exp(score) for score in scores))
+        right = [float((image_BE[row] @ image_BE[other] / contrast.temperature).detach()) for other in others]
+        expected.append(total - sum(right) / 2)
+    assert loss.item() == pytest.approx(sum(expected) / 3, abs=1e-5)
+    loss.backward()
+    assert image_BE.grad[0].abs().sum() > 0
+    alone = contrast.contrast_of_pictures(image_BE[[0, 1, 4]], ids_BL[[0, 1, 4]])
+    assert float(alone) == 0
 
 
 @pytest.mark.parametrize(
