@@ -62,6 +62,18 @@ def test_without_any_knowledge_the_rank_is_that_of_chance():
     assert retrieval.chance(4).recall_at_10 == 1.0
 
 
+def test_the_nearest_other_picture_is_of_the_same_kind():
+    kinds, right = ["fruit", "face", "fruit", "face", "flag"], torch.tensor([0, 1, 4, 2])
+    similarity = torch.tensor([
+        [0.9, 0.1, 0.8, 0.2, 0.3],  # finds the other fruit behind itself
+        [0.1, 0.2, 0.9, 0.8, 0.3],  # finds a fruit before the other face
+        [0.0, 0.0, 0.0, 0.0, 1.0],  # no other flag: left out
+        [0.5, 0.5, 0.1, 0.2, 0.1],  # a fruit and a face are equally near
+    ])  # fmt: skip
+    assert retrieval.share_of_same_kind(similarity, right, kinds) == pytest.approx((1 + 0 + 0.5) / 3)
+    assert retrieval.share_of_same_kind(torch.zeros(4, 5), right, kinds) == pytest.approx(1 / 4)
+
+
 def test_equal_ids_and_cosines(monkeypatch):
     a, b = torch.randint(3, (5, 6)), torch.randint(3, (7, 6))
     expected = torch.tensor([[float((x == y).float().mean()) for y in b] for x in a])
@@ -122,6 +134,18 @@ def test_command(tokenizer, folders, tmp_path, capsys):
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert found[1]["recall_at_1"] == 1.0  # a little brighter is still the nearest
     assert [row["similarity"] for row in found] == ["", "", "equal ids", "codes"]
+    assert found[1]["same_kind"] is None
+
+    labels = tmp_path / "labels.json"
+    labels.write_text(json.dumps({path.stem: {"subcategory": "x"} for path in (folders / "gallery").iterdir()}))
+    assert retrieval.main([str(tmp_path / "small"), *where, "--labels", str(labels)]) == 0
+    head, _, *rows = capsys.readouterr().out.splitlines()[2:]
+    assert "other of its subcategory" in head
+    assert all(line.split("|")[-2].strip() == "100.0 %" for line in rows)
+    for text in ("[]", '{"1f34e": {}}', "{"):
+        labels.write_text(text)
+        assert retrieval.main([str(tmp_path / "small"), *where, "--labels", str(labels)]) == 2
+        assert "kind of every picture" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
