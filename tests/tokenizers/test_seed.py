@@ -126,6 +126,15 @@ def test_small_decoder_draws(drawing_seed, pixels):
         other = drawing_seed.decode(tokens[1], **{"steps": 3, "as_tensor": True} | changed)
         assert (other - alone).abs().max() > 1e-3
     ids = tokens.ids[1:2]
+    seen = []
+    with_previews = drawing_seed.decode(
+        tokens, steps=3, as_tensor=True, previews=True, on_step=lambda step, total, preview=None: seen.append(preview)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(with_previews, pictures, strict=True))
+    shown = [preview for preview in seen if preview is not None]
+    assert len(shown) == 2  # the last step's is the result
+    assert all(preview.shape == pictures[0].shape and 0 <= preview.min() <= preview.max() <= 1 for preview in shown)
+    assert not torch.equal(shown[0], shown[1])
     own = drawing_seed.decode_ids(ids, drawing=checked_drawing(drawing_seed.drawing, 3))
     other = drawing_seed.decode_ids(ids, drawing=checked_drawing(drawing_seed.drawing, 3), negative_ids=tokens.ids[:1])
     assert (own - other).abs().max() > 1e-4

@@ -205,10 +205,12 @@ class EmbeddingDecoder(nn.Module):
         drawing: Drawing,
         negative_BE: Tensor | None = None,
         on_step: OnStep | None = None,
+        previews: bool = False,
     ) -> Tensor:
         """Pixels fp32 [B, 3, S, S] in [0, 1] of embeddings fp32 [B, E], by Euler's method.
 
-        negative_BE: what to guide away from in the place of nothing. on_step: called as on_step(step, total).
+        negative_BE: what to guide away from in the place of nothing. on_step: called as on_step(step, total,
+        preview=...); with `previews`, fp32 [3, S, S] in [0, 1] of what the last picture comes to by this velocity.
         """
         batch, device = len(embedding_BE), embedding_BE.device
         start = torch.randn((1, *self.latent_shape), generator=torch.Generator().manual_seed(drawing.seed))
@@ -229,7 +231,10 @@ class EmbeddingDecoder(nn.Module):
                 v_BCGG, without = v_BCGG.chunk(2)
                 v_BCGG = without + drawing.guidance * (v_BCGG - without)
             x_BCGG = x_BCGG + (then - now) * v_BCGG
-            report(on_step, step + 1, drawing.total_steps)
+            preview = None
+            if previews and step + 1 < drawing.steps:
+                preview = self.autoencoder.decode_latents((x_BCGG - then * v_BCGG)[-1:])[0].clamp(0, 1).cpu()
+            report(on_step, step + 1, drawing.total_steps, preview)
         return self.autoencoder.decode_latents(x_BCGG).clamp(0, 1)
 
 

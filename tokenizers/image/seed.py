@@ -185,6 +185,11 @@ class Seed(ImageTokenizer):
         self.register_buffer("std", torch.tensor(CLIP_STD, device="cpu")[:, None, None], persistent=False)
 
     @property
+    def shows_steps(self) -> bool:
+        """The small image decoder does; to look into Stable unCLIP's latents takes as long as a step."""
+        return self.drawing is not None
+
+    @property
     def vocab_size(self) -> int:
         return self.config.codebook_size
 
@@ -228,11 +233,12 @@ class Seed(ImageTokenizer):
         drawing: Drawing | None = None,
         negative_ids: Tensor | None = None,
         on_step: OnStep | None = None,
+        previews: bool = False,
     ) -> Tensor:
         """Pixels fp32 [B, 3, S, S] in [0, 1] that the image decoder draws, of its own side S.
 
         drawing: how, see `decoding_arguments`. negative_ids: int64 [1, Q] or [B, Q], of what pictures shall not be
-        like: their embedding stands in the place of none in the guidance.
+        like: their embedding stands in the place of none in the guidance. previews: see `EmbeddingDecoder.draw`.
         """
         self.check_ids(ids_BQ, lengths_B)
         negative_BE = None
@@ -243,7 +249,8 @@ class Seed(ImageTokenizer):
             negative_BE = negative_BE.expand(len(ids_BQ), -1)
         decoder = self.picture_decoder()
         drawing = checked_drawing(decoder) if drawing is None else drawing
-        return decoder.draw(self.decode_embedding(ids_BQ), drawing, negative_BE, on_step)
+        shown = {"previews": True} if previews and self.shows_steps else {}
+        return decoder.draw(self.decode_embedding(ids_BQ), drawing, negative_BE, on_step, **shown)
 
     def picture_decoder(self) -> Any:
         """What draws pictures of embeddings: the model's own small one, or Stable unCLIP, loaded on first use.
