@@ -132,7 +132,8 @@ def test_small_decoder_draws(drawing_seed, pixels):
     )
     assert all(torch.equal(a, b) for a, b in zip(with_previews, pictures, strict=True))
     shown = [preview for preview in seen if preview is not None]
-    assert len(shown) == 2  # the last step's is the result
+    assert len(shown) == 3
+    assert torch.equal(shown[-1], pictures[-1])  # the last step's is the result
     assert all(preview.shape == pictures[0].shape and 0 <= preview.min() <= preview.max() <= 1 for preview in shown)
     assert not torch.equal(shown[0], shown[1])
     own = drawing_seed.decode_ids(ids, drawing=checked_drawing(drawing_seed.drawing, 3))
