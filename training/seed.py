@@ -203,7 +203,9 @@ class CodebookTrainer(SeedTrainer):
         pixels_B3HW, loss = self.pixels(batch), self.recipe.loss
         output = self.model(pixels_B3HW)
         self._ids = output.ids_BQ
-        target_BE = self.teacher(self.seed.normalized(pixels_B3HW))
+        target_BE = output.target_BQD[:, -1]  # what the own teacher would find once more
+        if loss.teacher is not None:
+            target_BE = self.teacher(self.seed.normalized(pixels_B3HW))
         return seed_loss(output, target_BE, loss.quantizer_weight, loss.semantic_weight, loss.embedding_weight)
 
     def batch_statistics(self) -> dict[str, float]:
@@ -307,19 +309,17 @@ def _with_fingerprint(sizes: dict) -> dict:
 
 
 def teacher_of(model: Seed, folder: Path | None, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """What gives the embeddings [B, E] that codes are decoded to, of pictures normalised as CLIP's."""
+    """What gives the embeddings [B, E] that codes are decoded to, of pictures normalised as CLIP's.
+
+    Stable unCLIP's are CLIP's, trained by contrast with captions. So is the last query, which stands in without a folder.
+    """
     if folder is None:
-        if model.config.embedding_size != model.config.vision_width:
+        if model.config.embedding_size != model.config.qformer_width:
             raise InvalidRecipe(
-                f"without loss.teacher the vision tower's features are predicted: config.embedding_size must be "
-                f"{model.config.vision_width}, not {model.config.embedding_size}"
+                f"without loss.teacher what the last query finds is predicted: config.embedding_size must be "
+                f"{model.config.qformer_width}, not {model.config.embedding_size}"
             )
-
-        @torch.no_grad()
-        def own(normal_B3HW: Tensor) -> Tensor:
-            return model.vision(normal_B3HW)[1].mean(dim=1)
-
-        return own
+        return lambda normal_B3HW: model.frozen_features(normal_B3HW)[:, -1]
     from transformers import CLIPVisionModelWithProjection
 
     try:

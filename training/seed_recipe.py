@@ -85,7 +85,7 @@ class SeedLossRecipe(Section):
     tower_teacher: the network whose features the vision tower and the last query learn to give back in the first
     stage, where the tower is trained (`train_tower`); by tower_weight, beside 1 for the contrast.
     teacher: folder of the CLIP vision model (`CLIPVisionModelWithProjection`) whose embeddings are predicted; without
-    one, the mean of what the own vision tower sees is.
+    one, what the last query finds is.
     """
 
     quantizer_weight: Weight = 5.0
