@@ -311,7 +311,8 @@ def _with_fingerprint(sizes: dict) -> dict:
 def teacher_of(model: Seed, folder: Path | None, device: torch.device) -> Callable[[Tensor], Tensor]:
     """What gives the embeddings [B, E] that codes are decoded to, of pictures normalised as CLIP's.
 
-    Stable unCLIP's are CLIP's, trained by contrast with captions. So is the last query, which stands in without a folder.
+    Stable unCLIP's are CLIP's, trained by contrast with captions. So is the last query, which stands in without a
+    folder.
     """
     if folder is None:
         if model.config.embedding_size != model.config.qformer_width:
