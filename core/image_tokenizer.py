@@ -34,6 +34,7 @@ class ImageTokenizer(Tokenizer):
     is_continuous = False  # latents instead of ids
     accepts_text = False  # the decoder reads a caption
     decoding_option_names: tuple[str, ...] = ()  # of `decode`, for decoders that can be run in several ways
+    keeps_pixels = True  # False: ids tell what a picture shows, not where; it has no tiles, and its PSNR says little
     shows_steps = False  # `decode_ids` can tell after each of its steps what it will come to
     text_encoder = "openai/clip-vit-large-patch14-336"  # hub id or folder, for models that accept text
 

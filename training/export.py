@@ -19,15 +19,15 @@ from ..core.registry import load, models
 from .checkpoint import load_checkpoint, whole_checkpoints
 from .recipe import check_recipe
 
-DTYPES = ("float32", "float16", "int8", "int6", "int5", "int4")
+DTYPES = ("float32", "float16", "int8", "int7", "int6", "int5", "int4")
 
 
 def export_model(model: torch.nn.Module, out: str | Path, dtype: str = "float32") -> Path:
     """Save `model` to `out` in the library's layout, its weights stored as `dtype` (computing is in fp32 again).
 
-    "int8" makes a folder of half the size of "float16", "int6" of three eighths, "int4" of a quarter, which
-    `mediatok.load` reads (see core/compact.py). Parts that are tokenizers keep eight bits
-    at least: no run gets used to their rounding.
+    "int8" makes a folder of about half the size of "float16", "int6" of three eighths, "int4" of a quarter, which
+    `mediatok.load` reads (see core/compact.py). Parts that are tokenizers keep eight bits: no run gets used to their
+    rounding.
     """
     if dtype not in DTYPES:
         raise InvalidInput(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")

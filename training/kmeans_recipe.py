@@ -46,7 +46,7 @@ class KMeansRecipe(Section):
     encoder: Annotated[str, Field(min_length=1)]
     data: ClusteredSpeechRecipe
     clusters: ClustersRecipe = ClustersRecipe()
-    export_dtype: Literal["float32", "float16", "int8", "int6", "int5", "int4"] = "float32"
+    export_dtype: Literal["float32", "float16", "int8", "int7", "int6", "int5", "int4"] = "float32"
 
 
 def load_kmeans_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> KMeansRecipe:

@@ -133,7 +133,7 @@ class RunRecipe(Section):
     checkpoint_every: Count = 1000
     keep_checkpoints: Positive = 2
     num_samples: Positive = 8
-    export_dtype: Literal["float32", "float16", "int8", "int6", "int5", "int4"] = "float32"
+    export_dtype: Literal["float32", "float16", "int8", "int7", "int6", "int5", "int4"] = "float32"
     rounded_steps: Count = 0
 
     @model_validator(mode="after")

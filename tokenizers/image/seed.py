@@ -121,6 +121,7 @@ class Seed(ImageTokenizer):
 
     fingerprint_weights = ("quantize.embedding", "queries")
     _keep_in_fp32_modules: ClassVar[list[str]] = ["quantize", "to_code"]
+    keeps_pixels = False
     decoding_option_names = ("steps", "guidance", "seed")
     interpolation = "bilinear"  # of `encode`; the authors' offline processing has "bicubic"
     image_decoder: Any = RELEASED_DECODER  # hub id or folder of Stable unCLIP, or an object with its `draw`
