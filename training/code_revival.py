@@ -32,6 +32,7 @@ class CodeRevival:
         self.quantize = quantize
         codebooks = quantize.codebooks
         self.idle_QK = torch.zeros(len(codebooks), len(codebooks[0]), dtype=torch.int64, device=codebooks[0].device)
+        self.moved: dict[str, Tensor] = {}
         self._seen: tuple[Tensor, Tensor] | None = None
         quantize.register_forward_hook(self._watch)
 
@@ -42,7 +43,11 @@ class CodeRevival:
 
     @torch.no_grad()
     def step(self) -> Tensor:
-        """Move the codes that waited too long; returns how many, 0-d. Every process does the same."""
+        """Move the codes that waited too long; returns how many, 0-d. Every process does the same.
+
+        `moved` then holds them by the name of the quantizer's parameter, int64.
+        """
+        self.moved = {}
         if self._seen is None:
             return torch.zeros((), device=self.idle_QK.device)
         latent_NC, ids_NQ = self._seen
@@ -50,7 +55,6 @@ class CodeRevival:
         _on_all_processes(used_QK)
         self.idle_QK = torch.where(used_QK > 0, 0, self.idle_QK + 1)
         patience = PATIENCE * self.idle_QK.shape[1] / int(used_QK[0].sum())
-        moved = 0
         for index, part_NC in enumerate(residuals(self.quantize, latent_NC, ids_NQ)):
             dead = (self.idle_QK[index] > patience).nonzero()[:, 0]
             dead = dead[torch.randperm(len(dead))[: len(part_NC) // MAX_SHARE].to(dead.device)]
@@ -58,9 +62,9 @@ class CodeRevival:
             _from_first_process(dead, places)
             self.quantize.codebooks[index][dead] = places.to(self.quantize.codebooks[index].dtype)
             self.idle_QK[index, dead] = 0
-            moved += len(dead)
+            self.moved[f"codebooks.{index}"] = dead
         self._seen = None
-        return torch.tensor(float(moved), device=self.idle_QK.device)
+        return torch.tensor(float(sum(map(len, self.moved.values()))), device=self.idle_QK.device)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"idle_QK": self.idle_QK}

@@ -112,6 +112,7 @@ class CodecTrainer(Trainer):
         metrics = self._train_discriminator() if self._is_adversarial() else {}
         if self.revival is not None:
             metrics["revived_codes"] = self.revival.step()
+            self.ema.restart_rows(self.raw_model, self.revival.moved, "quantize.")
         return metrics
 
     def batch_statistics(self) -> dict[str, float]:

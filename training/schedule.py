@@ -126,6 +126,15 @@ class WeightAverage:
             if name.startswith(prefix):
                 shadow.copy_(values[name].detach())
 
+    def restart_rows(self, module: nn.Module, rows: dict[str, Tensor], prefix: str = "") -> None:
+        """Forget the average of rows of parameters, {name behind `prefix`: int64 [rows]}: codes that were moved.
+
+        Their average would lie between the old place and the new one, where nothing calls it.
+        """
+        values, shadows = dict(module.named_parameters()), self.state_dict()
+        for name, rows_M in rows.items():
+            shadows[prefix + name][rows_M] = values[prefix + name].detach()[rows_M].to(shadows[prefix + name])
+
     def state_dict(self) -> dict[str, Tensor]:
         return dict(zip(self.names, self.ema.shadow_params, strict=True))
 

@@ -100,7 +100,11 @@ class ShapeTrainer(Trainer):
         return loss, metrics
 
     def after_step(self) -> dict[str, Tensor]:
-        return {} if self.revival is None else {"revived_codes": self.revival.step()}
+        if self.revival is None:
+            return {}
+        revived = self.revival.step()
+        self.ema.restart_rows(self.raw_model, self.revival.moved, "quantize.")
+        return {"revived_codes": revived}
 
     def batch_statistics(self) -> dict[str, float]:
         if not self._ids:

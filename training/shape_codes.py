@@ -39,6 +39,7 @@ class CodebookRevival:
     def __init__(self, quantize: MultiScaleQuantizer):
         self.quantize = quantize
         self.idle_K = torch.zeros(len(quantize.codebook), dtype=torch.int64, device=quantize.codebook.device)
+        self.moved: dict[str, Tensor] = {}
         self._seen: tuple[Tensor, Tensor] | None = None
         quantize.register_forward_hook(self._watch)
 
@@ -48,7 +49,11 @@ class CodebookRevival:
 
     @torch.no_grad()
     def step(self) -> Tensor:
-        """Move the codes that waited too long; returns how many, 0-d. Every process does the same."""
+        """Move the codes that waited too long; returns how many, 0-d. Every process does the same.
+
+        `moved` then holds them by the name of the quantizer's parameter, int64.
+        """
+        self.moved = {}
         if self._seen is None:
             return torch.zeros((), device=self.idle_K.device)
         ids_N, rows_NC = self._seen
@@ -61,6 +66,7 @@ class CodebookRevival:
         _from_first_process(dead, places_NC)
         self.quantize.codebook[dead] = places_NC.to(self.quantize.codebook.dtype)
         self.idle_K[dead] = 0
+        self.moved["codebook"] = dead
         self._seen = None
         return torch.tensor(float(len(dead)), device=self.idle_K.device)
 

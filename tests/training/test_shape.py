@@ -18,6 +18,7 @@ from mediatok.nn.multiscale_vq import MultiScaleQuantizer
 from mediatok.tokenizers.shape.vat import VAT
 from mediatok.training.checkpoint import load_checkpoint, whole_checkpoints
 from mediatok.training.recipe import check_recipe
+from mediatok.training.schedule import WeightAverage
 from mediatok.training.shape import ShapeTrainer, shape_loss
 from mediatok.training.shape_codes import CodebookRevival, place_codes
 from mediatok.training.shape_data import ShapeShards
@@ -205,7 +206,9 @@ def test_idle_codes_are_revived():
     moved = 0
     for _ in range(8):
         quantize(z_BLC)
-        moved += int(revival.step())
+        now = int(revival.step())
+        assert len(revival.moved["codebook"]) == now
+        moved += now
     assert moved >= 24
     assert float(quantize.codebook.detach().abs().max()) < 50
     assert len(quantize(z_BLC)[0].unique()) > 8
@@ -215,6 +218,21 @@ def test_idle_codes_are_revived():
     quantize.eval()
     quantize(z_BLC)
     assert int(other.step()) == 0  # evaluation does not count
+    assert not other.moved
+
+
+def test_the_average_follows_revived_codes():
+    torch.manual_seed(0)
+    quantize = MultiScaleQuantizer(32, 4, (1, 2, 8))
+    average = WeightAverage(quantize, 0.999)
+    for _ in range(3):
+        average.step(quantize)
+    before = average.state_dict()["codebook"].clone()
+    quantize.codebook.data[[3, 5]] += 10
+    average.restart_rows(quantize, {"codebook": torch.tensor([3])})
+    after = average.state_dict()["codebook"]
+    assert torch.equal(after[3], quantize.codebook[3].detach())
+    assert torch.equal(after[[*range(3), *range(4, 32)]], before[[*range(3), *range(4, 32)]])
 
 
 def test_the_threshold_is_moved_to_where_iou_is_best(shards):
