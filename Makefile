@@ -43,6 +43,9 @@ bench: $(STAMP)  ## print speed and memory as ratios against the plain formulati
 	$(PY) benchmarks/nearest.py
 	$(PY) benchmarks/attention.py
 	$(PY) benchmarks/titok.py
+	$(PY) benchmarks/flextok.py
+	$(PY) benchmarks/tokenflow.py
+	$(PY) benchmarks/seed.py
 	$(PY) benchmarks/maskgit.py
 	$(PY) benchmarks/xar.py
 	$(PY) benchmarks/simcodec.py

@@ -17,7 +17,7 @@ from ..core.errors import InvalidInput
 from .cli_jobs import TOKEN_SUFFIXES, Outcome, make_folder
 from .cli_media import MEDIA, MESHES, PICTURES, Medium, check_options
 from .cli_models import AsJson, BatchSize, Device, DType, load_generator, load_tokenizer
-from .cli_settings import merged
+from .cli_settings import merged, parse_options
 from .cli_shapes import EmptyShape, Resolution, shape_options, write_generated
 
 Request = int | str | None  # a class, a prompt, or neither
@@ -46,6 +46,12 @@ def generate(
     option: Annotated[
         list[str] | None, typer.Option("--set", help="Another setting of the model, as temperature=3; repeatable.")
     ] = None,
+    decoding: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--decoding", help="How the tokenizer decodes pictures, where there is a choice, as steps=10; repeatable."
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help=f"File for one result or a grid, or folder; default the folder {FOLDER}."),
@@ -70,13 +76,14 @@ def generate(
     if (edit is None) != (keep is None):
         raise InvalidInput("--edit and --keep go together: the picture to change, and what stays of it")
     sampling = _sampling(steps, guidance, option or [])
+    ways = parse_options(decoding or [], "--decoding")
     units = None if keep is None else parse_units(keep)
     generator = load_generator(model, device, dtype)
     from ..generators.written_pictures import picture_generator
 
     generator = picture_generator(generator)
     medium = next(medium for medium in MEDIA if medium.modality == generator.modality)
-    of_pictures = {"--steps": steps, "--grid": grid, "--edit": edit, "--keep": keep}
+    of_pictures = {"--steps": steps, "--grid": grid, "--edit": edit, "--keep": keep, "--decoding": decoding or None}
     check_options(of_pictures | shape_options(resolution=resolution), medium)
     if list_labels:
         _print_labels(generator, as_json)
@@ -90,7 +97,10 @@ def generate(
         "edit": edit, "keep": keep, "resolution": resolution, "tokenizer": tokenizer,
         "dtype": dtype if dtype != "float32" else None,
     }  # fmt: skip
-    plan = _Plan(generator, medium, generator.options_of(generator.checked_settings(**sampling)), shared)
+    plan = _Plan(generator, medium, generator.options_of(generator.checked_settings(**sampling)), ways, shared)
+    if ways:
+        generator.checked_decoding(**ways)  # a wrong one is found before the work
+        sampling["decoding"] = ways
     asked = _asked(generator, labels, prompt)
     classes = _requests(generator, medium, asked, count)
     seeds = image_seeds(image_seeds(seed, 1)[0], len(classes))
@@ -132,10 +142,11 @@ def generate(
 class _Plan:
     """What all results of a call share, and what is told about each of them."""
 
-    def __init__(self, generator, medium: Medium, settings: dict[str, Any], shared: dict[str, Any]):
+    def __init__(self, generator, medium: Medium, settings: dict[str, Any], decoding: dict, shared: dict[str, Any]):
         self.generator = generator
         self.suffix = medium.outputs[0]
         self.settings = {name: _short(value) for name, value in settings.items() if value != ()}
+        self.decoding = decoding
         self.shared = {name: str(value) for name, value in shared.items() if value is not None}
 
     def label(self, request: Request) -> str:
@@ -158,7 +169,8 @@ class _Plan:
         else:
             number = self.generator.config.num_classes if request is None else request
             record |= {"label": self.label(request), "class": number}
-        return record | {"seed": seed, "seconds": round(seconds, 4)} | self.settings | self.shared
+        record |= {"seed": seed, "seconds": round(seconds, 4)} | self.settings
+        return record | ({"decoding": self.decoding} if self.decoding else {}) | self.shared
 
     def text(self, requests: list[Request], count: int, seed: int) -> dict[str, str]:
         """Text fields of a PNG: the settings one by one, and the command that makes the file again."""
@@ -171,12 +183,15 @@ class _Plan:
         command = ["mediatok", "generate", self.generator.name, *asked, "--count", str(count), "--seed", str(seed)]
         for name, value in settings.items():
             command += [f"--{name}", value] if name in ("steps", "guidance") else ["--set", f"{name}={value}"]
+        pairs = [f"{name}={json.dumps(value)}" for name, value in self.decoding.items()]
+        command += [f"--decoding={pair}" for pair in pairs]
         for name, value in self.shared.items():
             command += [f"--{name}", value]
         if count * len(requests) != 1:
             command.append("--grid")
         fields = {"Software": f"mediatok {__version__}", "model": self.generator.name, "label": ", ".join(names)}
-        return fields | {"seed": str(seed)} | settings | self.shared | {"command": shlex.join(command)}
+        fields |= {"seed": str(seed)} | settings | ({"decoding": ", ".join(pairs)} if pairs else {})
+        return fields | self.shared | {"command": shlex.join(command)}
 
 
 def parse_steps(text: str | None) -> int | tuple[int, int] | None:

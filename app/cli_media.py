@@ -47,7 +47,7 @@ PICTURES = Medium(
     options=(
         "--num-tokens", "--target-psnr", "--max-bytes", "--tile", "--text", "--lengths", "--lpips-weights",
         "--inception-weights", "--lite0-weights", "--steps", "--guidance", "--set", "--up-to-scale", "--grid", "--edit",
-        "--keep", "--prompt",
+        "--keep", "--prompt", "--decoding",
     ),
 )  # fmt: skip
 AUDIO = Medium(

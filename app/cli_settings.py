@@ -1,4 +1,4 @@
-"""Settings of models that have no option of their own: `--set name=value`."""
+"""Settings of models that have no option of their own: `--set name=value` and its like."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ from ..core.errors import InvalidInput
 FLAGS = {"true": True, "yes": True, "false": False, "no": False}
 
 
-def parse_options(pairs: list[str]) -> dict[str, Any]:
-    """["temperature=3", "annealing=no", "sampler=ode"] as {"temperature": 3, "annealing": False, "sampler": "ode"}."""
+def parse_options(pairs: Sequence[str], flag: str = "--set") -> dict[str, Any]:
+    """["temperature=3", "annealing=no", "sampler=ode"] as {"temperature": 3, "annealing": False, "sampler": "ode"}.
+
+    flag: what the pairs were given with, for messages.
+    """
     options: dict[str, Any] = {}
     for pair in pairs:
         name, equals, value = (part.strip() for part in pair.partition("="))
         if not equals or not name:
-            raise InvalidInput(f"--set {pair} must be name=value")
+            raise InvalidInput(f"{flag} {pair} must be name=value")
         if name in options:
-            raise InvalidInput(f"--set {name} is given twice")
+            raise InvalidInput(f"{flag} {name} is given twice")
         try:
             options[name] = FLAGS[value.lower()] if value.lower() in FLAGS else json.loads(value)
         except (ValueError, RecursionError):

@@ -265,7 +265,7 @@ def equal_bytes(tokenizers: list, picture, most: int) -> list[Budget]:
 
 
 def changed_options(tokenizer, decoding: dict | None) -> dict:
-    """Those of `decoding` that this tokenizer has and that are not its own values anyway.
+    """Those of `decoding` that this tokenizer, or a generator's, has and that are not its own values anyway.
 
     Raises:
         InvalidInput: a value that makes no sense.

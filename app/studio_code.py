@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Sequence
@@ -116,6 +117,7 @@ def _arguments(gallery: Gallery, recipes: list[Recipe]) -> str:
         text = " + ".join(f"[{word!r}]" + (f" * {count}" if count > 1 else "") for word, count in runs)
     parts = [text, f"seed={first.seed}"]
     parts += [f"{name}={getattr(first, name)!r}" for name in ("steps", "guidance") if getattr(first, name) is not None]
+    parts += [f"decoding={first.decoding!r}"] if first.decoding else []
     if first.start is not None:
         parts += ["start=start", f"keep={list(first.keep)}"]
     return ", ".join(parts)
@@ -134,6 +136,7 @@ def _generate(gallery: Gallery, recipes: list[Recipe], has_ids: bool, number: in
     for name in ("steps", "guidance"):
         value = getattr(first, name)
         parts += [] if value is None else [f"--{name} {value:g}"]
+    parts += [f"--decoding {name}={json.dumps(value)}" for name, value in first.decoding.items()]
     if first.start is not None:
         parts.append(f"--edit start-{number}.{'mtok' if has_ids else 'png'} --keep {_ranges(first.keep)}")
     return " ".join(parts)

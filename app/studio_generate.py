@@ -13,15 +13,17 @@ from .. import write_image
 from ..core.errors import InvalidInput
 from ..core.generator import MAX_GUIDANCE, MAX_STEPS
 from . import studio_gallery as views
+from .studio_actions import changed_options
 from .studio_code import generation_command, generation_python, picture_name
 from .studio_context import Studio, hold_back, skips, speaks
+from .studio_decoding import DECODING, decoding_updates, named_fields
 from .studio_generation import MAX_PICTURES, Gallery, Made, Progress, make_pictures, own_settings
 from .studio_models import GENERATOR
 from .studio_session import Session
 from .studio_worker import newest
 
 NUM_OUTPUTS = 9
-NUM_ADAPTED = 7  # controls that another generator changes
+NUM_ADAPTED = 8 + len(DECODING)  # controls that another generator changes
 KEPT_GALLERIES = 3  # folders of files: the page may still be fetching the previous ones
 NUM_SEEDS = 1_000_000  # that are drawn: short enough to read out
 MAX_PAGE_SEED = 2**53 - 1  # browsers round larger numbers
@@ -90,27 +92,48 @@ def _in_range(field: str, value, smallest: float, largest: float, what: str = "a
     return value
 
 
+def _decoding(generator, fields: dict) -> dict:
+    """What the fields under "Decoder" ask for, as far as it is not what the tokenizer does anyway.
+
+    Raises:
+        InvalidInput: a value makes no sense; the message names the group, since other fields are called the same.
+    """
+    try:
+        return changed_options(generator, fields)
+    except InvalidInput as error:
+        raise InvalidInput(f"Decoder: {error}") from None
+
+
 class GenerateEvents:
     """The tab's event handlers. None of them raises: mistakes become messages, and the page stays as it was."""
 
     def __init__(self, studio: Studio):
         self.studio = studio
 
-    def make(self, session: Session, model: str, labels: list | None, prompt: str, count, seed, fresh, steps, guidance):
+    def make(
+        self, session: Session, model: str, labels: list | None, prompt: str, count, seed, fresh, steps, guidance,
+        *decoding,
+    ) -> Iterator[list]:  # fmt: skip
         """Make `count` pictures of each label, or of the prompt where the generator reads one."""
         numbers = Numbers(count, seed, fresh, steps, guidance)
-        yield from self._run(session, model, (labels or [None], [(prompt or "").strip() or None]), numbers)
+        wanted = labels or [None], [(prompt or "").strip() or None]
+        yield from self._run(session, model, wanted, numbers, named_fields(decoding))
 
-    def vary(self, session: Session, count, seed, fresh, steps, guidance, event: gr.EventData):
+    def vary(
+        self, session: Session, event: gr.EventData, model: str, count, seed, fresh, steps, guidance, *decoding
+    ) -> Iterator[list]:
         """Keep the marked units of the chosen picture and make the rest of it anew, `count` times."""
         gallery = session.gallery
         origin = gallery.shown[session.chosen]
         numbers = Numbers(count, seed, fresh, steps, guidance)
-        yield from self._run(session, gallery.source, ([origin.recipe.label],) * 2, numbers, origin, event.keep)
+        # Once another generator is chosen the fields are about that one.
+        ways = named_fields(decoding) if model == gallery.source else origin.recipe.decoding
+        wanted = ([origin.recipe.label],) * 2
+        yield from self._run(session, gallery.source, wanted, numbers, ways, origin, event.keep)
 
     def _run(
-        self, session: Session, model: str, wanted: tuple[list, list], numbers: Numbers, origin: Made | None = None,
-        keep=(),
+        self, session: Session, model: str, wanted: tuple[list, list], numbers: Numbers, decoding: dict,
+        origin: Made | None = None, keep=(),
     ) -> Iterator[list]:  # fmt: skip
         """wanted: labels, and prompts; one or the other, as the generator reads them."""
         job = None
@@ -127,12 +150,13 @@ class GenerateEvents:
             # A mistake is told at once, and does not end the run under way.
             generator.requests(labels)
             generator.checked_settings(steps, guidance)
+            ways = _decoding(generator, decoding)
             job = session.start("generate")
             yield [views.waiting_grid(len(labels), self.studio.device.num_jobs + 1), gr.skip(), seed, *skips(6)]
 
             def work(emit) -> Gallery:
                 with self.studio.device.hold(job):
-                    return make_pictures(generator, model, labels, seed, steps, guidance, job, emit, origin, keep)
+                    return make_pictures(generator, model, labels, seed, steps, guidance, job, emit, origin, keep, ways)
 
             try:
                 for news in newest(work):
@@ -185,7 +209,8 @@ class GenerateEvents:
             labels = [names.index(name) for name in dict.fromkeys(wanted) if name in names]
             picker = gr.HTML(value=labels, names=names, visible=not generator.accepts_text)
             prompt = gr.Textbox(visible=generator.accepts_text)
-            return model, model, picker, prompt, *own_settings(generator), self.studio.title()
+            own = *own_settings(generator), *decoding_updates(generator)
+            return model, model, picker, prompt, *own, self.studio.title()
         return last_model, *skips(NUM_ADAPTED - 1)
 
     def stop(self, session: Session) -> None:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from PIL import Image
 
 from ..core.errors import Cancelled, InvalidInput
 from ..core.generator import image_seeds
+from .studio_actions import changed_options
 from .studio_models import GENERATOR, Catalogue
 from .studio_worker import Job, device_name
 
@@ -28,7 +30,7 @@ FIRST_SEED = 7
 class Recipe:
     """How one picture was made: class number or prompt, seed, settings, and what of an earlier one was kept.
 
-    label: None for no class and no prompt.
+    label: None for no class and no prompt. decoding: options of the tokenizer, where they are not its own values.
     """
 
     label: int | str | None
@@ -37,6 +39,7 @@ class Recipe:
     guidance: float | None
     start: Recipe | None = None
     keep: tuple[int, ...] = ()
+    decoding: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -105,10 +108,12 @@ class Progress:
 def make_pictures(
     generator, source: str, labels: list, seed: int, steps: int | None, guidance: float | None,
     job: Job, emit: Callable[[Progress], None] | None = None, origin: Made | None = None, keep: tuple[int, ...] = (),
+    decoding: dict[str, Any] | None = None,
 ) -> Gallery:  # fmt: skip
     """Make one picture for each label, `AT_ONCE` at a time. Hold the device around it.
 
-    Of a stopped job what is finished comes back, which may be nothing.
+    Of a stopped job what is finished comes back, which may be nothing. Of `decoding` what the tokenizer lacks, and what
+    is None, says nothing.
 
     Raises:
         InvalidInput: too many pictures, or settings that make no sense.
@@ -117,6 +122,7 @@ def make_pictures(
         raise InvalidInput(f"{len(labels)} pictures are asked for; a run makes 1 to {MAX_PICTURES}")
     labels = generator.requests(labels)
     settings = generator.options_of(generator.checked_settings(steps, guidance))
+    decoding = changed_options(generator, decoding)
     seeds = image_seeds(seed, len(labels))
     editing = {} if origin is None else {"start": origin.content, "keep": list(keep)}
     gallery = Gallery(
@@ -138,8 +144,8 @@ def make_pictures(
 
         try:
             made = generator.sample(
-                labels[rows], seed=seeds[rows], steps=steps, guidance=guidance, batch_size=AT_ONCE,
-                previews=emit is not None, on_step=on_step, **editing,
+                labels[rows], seed=seeds[rows], steps=steps, guidance=guidance, decoding=decoding,
+                batch_size=AT_ONCE, previews=emit is not None, on_step=on_step, **editing,
             )  # fmt: skip
         except Cancelled:
             break
@@ -147,7 +153,8 @@ def make_pictures(
         done = [
             Made(
                 image, made.content[row : row + 1].clone(),
-                Recipe(label, number, steps, guidance, None if origin is None else origin.recipe, keep), seconds,
+                Recipe(label, number, steps, guidance, None if origin is None else origin.recipe, keep, decoding),
+                seconds,
             )
             for row, (image, label, number) in enumerate(zip(made.images, labels[rows], made.seeds, strict=True))
         ]  # fmt: skip

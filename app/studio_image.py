@@ -15,8 +15,9 @@ from . import studio_actions as actions
 from . import studio_views as views
 from .studio_code import command_code, picture_name, python_code, safe_stem
 from .studio_context import Studio, hold_back, skips, speaks
+from .studio_decoding import DECODING, decoding_updates, named_fields
 from .studio_generation import first_gallery
-from .studio_image_controls import DECODING, budget_kinds, count_slider, decoding_updates
+from .studio_image_controls import budget_kinds, count_slider
 from .studio_plots import rate_plot
 from .studio_session import Session
 from .studio_worker import newest
@@ -164,7 +165,7 @@ class ImageEvents:
             with self.studio.device.hold(job):
                 return actions.encode_picture(
                     tokenizer, model, picture, picture.name, budget, job, tile=tile, caption=caption,
-                    decoding=dict(zip(DECODING, decoding, strict=True)), emit=emit if tokenizer.shows_steps else None,
+                    decoding=named_fields(decoding), emit=emit if tokenizer.shows_steps else None,
                 )  # fmt: skip
 
         begun = shown_at = time.monotonic()

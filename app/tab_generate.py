@@ -9,6 +9,7 @@ import gradio as gr
 from . import studio_gallery as views
 from .label_picker import label_picker
 from .studio_context import Studio, html
+from .studio_decoding import decoding_controls
 from .studio_generate import MAX_OF_EACH, GenerateEvents, Shown, label_names
 from .studio_generation import FIRST_PROMPT, FIRST_SEED, MAX_PICTURES, Gallery, own_settings
 from .studio_models import GENERATOR
@@ -65,6 +66,7 @@ def _controls(studio: Studio, first: Gallery) -> SimpleNamespace:
             guidance, label="Guidance", step=0.5, elem_id="generate-guidance",
             info="Higher follows what is asked for more closely and varies less.",
         )  # fmt: skip
+    ui.decoder, ui.decoding = decoding_controls(generator, "generate-decoder", "generate-decoder")
     with gr.Row(elem_classes="mt-buttons"):
         ui.generate = gr.Button("Generate", size="sm", variant="primary", elem_id="generate-run", min_width=110)
         ui.stop = gr.Button("Stop", size="sm", elem_id="generate-stop", elem_classes="mt-stop", min_width=50)
@@ -98,16 +100,17 @@ def _connect(studio: Studio, session: gr.State, title: gr.HTML, ui: SimpleNamesp
     events = GenerateEvents(studio)
     # The order of GenerateEvents' results:
     outputs = [ui.grid, ui.numbers, ui.seed, ui.panel, ui.png, ui.zip, ui.python, ui.command, title]
-    settings = [ui.model, ui.labels, ui.prompt, ui.count, ui.seed, ui.fresh, ui.steps, ui.guidance]
+    settings = [ui.model, ui.labels, ui.prompt, ui.count, ui.seed, ui.fresh, ui.steps, ui.guidance, *ui.decoding]
     # The gallery shows its own progress.
     quiet = {"show_progress": "hidden", "api_visibility": "private"}
     # "multiple": a new run replaces the one under way; else Gradio drops clicks until it has wound the last run up.
     run = {**quiet, "trigger_mode": "multiple"}
-    fields = (ui.labels, ui.prompt, ui.seed, ui.steps, ui.guidance)
+    numbers = [field for field in ui.decoding if isinstance(field, gr.Number)]
+    fields = (ui.labels, ui.prompt, ui.seed, ui.steps, ui.guidance, *numbers)
     for listener in (ui.generate.click, *(field.submit for field in fields)):
         listener(events.make, [session, *settings], outputs, **run)
-    ui.panel.submit(events.vary, [session, *settings[3:]], outputs, **run)
-    adapted = [ui.model, ui.last_model, ui.labels, ui.prompt, ui.steps, ui.guidance, title]
+    ui.panel.submit(events.vary, [session, ui.model, *settings[3:]], outputs, **run)
+    adapted = [ui.model, ui.last_model, ui.labels, ui.prompt, ui.steps, ui.guidance, ui.decoder, *ui.decoding, title]
     ui.model.input(events.adapt, [session, ui.model, ui.labels, ui.last_model], adapted, **quiet)
     ui.grid.click(events.choose, [session], [ui.panel, ui.png], **quiet)
     ui.stop.click(events.stop, [session], None, queue=False, **quiet)

@@ -8,8 +8,9 @@ import gradio as gr
 
 from . import studio_views as views
 from .studio_context import SAMPLE_SCRIPT, Studio, html, picture_input, sample_strip
+from .studio_decoding import decoding_controls
 from .studio_image import ImageEvents, Shown, first_effect
-from .studio_image_controls import budget_kinds, count_slider, decoding_controls
+from .studio_image_controls import budget_kinds, count_slider
 from .studio_session import Session
 
 
@@ -58,7 +59,7 @@ def _controls(studio: Studio, prototype: Session) -> SimpleNamespace:
         label="Caption", visible=False, max_lines=2, elem_id="image-caption",
         info="This decoder reads a caption along with the tokens; press Enter.",
     )  # fmt: skip
-    ui.decoder, ui.decoding = decoding_controls(tokenizer)
+    ui.decoder, ui.decoding = decoding_controls(tokenizer, "image-decoder", "image")
     ui.tile = gr.Checkbox(
         False, label="Keep size and shape", elem_id="image-tile", info="Tiles instead of one cropped square.",
     )  # fmt: skip

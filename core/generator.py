@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -136,9 +136,12 @@ class ImageGenerator(Model):
         """Content of given pictures, through the tokenizer."""
         return self.tokenizer.encode_pixels(pixels_B3HW)
 
-    def decode_content(self, content: Tensor) -> Tensor:
-        """Pixels fp32 [B, 3, H, W] of content on this model's device, through the tokenizer; not clamped."""
-        return self.tokenizer.decode_ids(content)
+    def decode_content(self, content: Tensor, **arguments) -> Tensor:
+        """Pixels fp32 [B, 3, H, W] of content on this model's device, through the tokenizer; not clamped.
+
+        `arguments` are what `checked_decoding` gives.
+        """
+        return self.tokenizer.decode_ids(content, **arguments)
 
     def check_content(self, content: Tensor) -> Tensor:
         """Return `content` [B, ...], or raise InvalidInput when its shape, dtype or values are not this model's."""
@@ -182,6 +185,7 @@ class ImageGenerator(Model):
         guidance: float | None = None,
         start=None,
         keep=None,
+        decoding: Mapping[str, Any] | None = None,
         batch_size: int = 8,
         previews: bool = False,
         on_step: OnStep | None = None,
@@ -196,12 +200,16 @@ class ImageGenerator(Model):
             steps, guidance, options: see `settings` of the model.
             start: what to edit: an earlier `Generation`, its content, `Tokens`, or pictures; one, or one a label.
             keep: units of `start` that stay: their numbers for all pictures, or a bool tensor [U] or [N, U].
+            decoding: options of the tokenizer's `decode` by name, as {"steps": 10}, for pictures and previews; see
+                `decoding_defaults`. A "seed" there is of the decoder's noise, the same for every picture, so that none
+                depends on its batch: their contents alone make a difference.
             batch_size: pictures made at a time.
             previews: decode what can be seen for `on_step`: fp32 pixels [B, 3, H, W] in [0, 1] of the current batch.
-            on_step: called as on_step(step, total, preview=...) after every step; raise `mt.Cancelled` in it to stop.
+            on_step: called as on_step(step, total, preview=...) after every step, and with the numbers of the last one
+                after each step of a decoder that has steps; raise `mt.Cancelled` in it to stop.
 
         Raises:
-            InvalidInput: unknown labels and values out of range.
+            InvalidInput: unknown labels, options that there are not, and values out of range.
             LimitExceeded: a batch that does not fit in memory.
             TokenizerMismatch: the tokenizer is not the one that this model was trained with.
         """
@@ -211,6 +219,7 @@ class ImageGenerator(Model):
         batch_size = min(check_whole(batch_size, "batch_size", 1), len(labels_N))
         check_callback(on_step)
         self.ensure_tokenizer()  # a missing or wrong one is found before the work, not after it
+        arguments = self.checked_decoding(**check_names(decoding, "decoding"))
         start_N, keep_NU = self._start(start, keep, len(labels_N))
         self.check_memory(batch_size, settings)
         batches = torch.arange(len(labels_N)).split(batch_size)
@@ -219,10 +228,10 @@ class ImageGenerator(Model):
         for number, rows in enumerate(batches):
 
             def show(step: int, content: Tensor | None, done: int = number * settings.total_steps) -> None:
-                preview = None
+                tell, preview = partial(report, on_step, done + step, total), None
                 if previews and content is not None and on_step is not None:
-                    preview = self.decode_content(content).clamp(0, 1).cpu()
-                report(on_step, done + step, total, preview)
+                    preview = self._decoded(content, arguments, tell)
+                tell(preview)
 
             rngs = [torch.Generator(self.noise_device).manual_seed(seeds[row]) for row in rows]
             with self.memory_errors(len(rows)):
@@ -234,12 +243,21 @@ class ImageGenerator(Model):
                     None if keep_NU is None else keep_NU[rows].to(self.device),
                     show,
                 )
-                pixels = self.decode_content(content).clamp(0, 1).cpu()
+                tell = partial(report, on_step, (number + 1) * settings.total_steps, total)
+                pixels = self._decoded(content, arguments, tell)
             contents.append(content.cpu())
             images += [to_pil(picture) for picture in pixels]
         # Outside of inference mode, so that the content can be used for training or edited in place.
         with torch.inference_mode(False):
             return Generation(images, torch.cat(contents), labels_N.tolist(), seeds)
+
+    def _decoded(self, content: Tensor, arguments: dict[str, Any], tell: Callable[[], None]) -> Tensor:
+        """Pixels fp32 [B, 3, H, W] in [0, 1] on the CPU. A decoder that works in steps calls `tell` after each: it may
+        take longer than what it decodes did, and has to stop as soon.
+        """
+        has_steps = any(hasattr(value, "total_steps") for value in arguments.values())
+        watched = {"on_step": lambda *step, **preview: tell()} if has_steps else {}
+        return self.decode_content(content, **arguments, **watched).clamp(0, 1).cpu()
 
     def checked_settings(self, /, steps=None, guidance: float | None = None, **options) -> Any:
         """`settings`, where an option that this model does not have is an InvalidInput naming the nearest.
@@ -300,6 +318,23 @@ class ImageGenerator(Model):
         check_companion(self, tokenizer, self.config.tokenizer, self.config.tokenizer_fingerprint)
         self.check_tokenizer(tokenizer)
         self._tokenizer_box.tokenizer = tokenizer
+
+    @property
+    def decoding_option_names(self) -> tuple[str, ...]:
+        """What `decoding` of `sample` can hold: the tokenizer's options of decoding."""
+        return self.tokenizer.decoding_option_names
+
+    def decoding_defaults(self) -> dict[str, Any]:
+        """Each option of decoding with the value that it has when `decoding` does not say."""
+        return self.tokenizer.decoding_defaults()
+
+    def checked_decoding(self, /, **options) -> dict[str, Any]:
+        """What `decode_content` takes for options of decoding.
+
+        Raises:
+            InvalidInput: an option that the tokenizer does not have, or a value out of its range.
+        """
+        return self.tokenizer.checked_decoding(**options)
 
     def tokens(self, content: Tensor) -> Tokens:
         """`content` of a `Generation` as `Tokens`, to save or to decode with the tokenizer.
@@ -476,6 +511,15 @@ def check_number(value: Any, what: str, smallest: float = 0.0, largest: float = 
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not smallest <= value <= largest:
         raise InvalidInput(f"{what}={value!r} must be a number from {smallest:g} to {largest:g}")
     return float(value)
+
+
+def check_names(value: Any, what: str) -> dict[str, Any]:
+    """`value` as a dict, empty for None, or InvalidInput when it is not a mapping of names to values."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise InvalidInput(f'{what} must be names with values, as {{"steps": 10}}, not {value!r}')
+    return dict(value)
 
 
 def check_flag(value: Any, what: str) -> bool:

@@ -124,6 +124,9 @@ ENTRIES = {
             "64 px, 130 tokens over 6 scales, with what they mean"
         ),
         ModelEntry(
+            "seed-tiny", "Seed", "Apache-2.0", 5_060_552, "64 px, 32 ids of what a picture shows; draws over kl-tiny"
+        ),
+        ModelEntry(
             "tokenflow-t2i-tiny", "NextScaleLlama", "Apache-2.0", 2_430_464, "64 px emoji by name, over tokenflow-tiny",
             kind="generator",
         ),

@@ -7,7 +7,7 @@ command line, the studio) sees that as a generator whose pictures have no pieces
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..core.base import OnStep
 from ..core.errors import InvalidInput
-from ..core.generator import Generation, check_flag, check_option_names
+from ..core.generator import Generation, check_flag, check_names, check_option_names
 from ..core.image_tokenizer import ImageTokenizer
 from ..core.prompts import read_prompts
 from ..core.tokens import Tokens
@@ -44,6 +44,7 @@ class WrittenPictures:
     label_names: tuple[str, ...] = ()
     scales: tuple[int, ...] = ()
     num_units, unit_grid, unit_word = 0, None, "token"
+    decoding_option_names: tuple[str, ...] = ()  # steps and guidance of drawing are settings here
 
     def __init__(self, model: Any):
         self.model = model
@@ -84,6 +85,17 @@ class WrittenPictures:
         given |= {"steps": drawing.steps, "guidance": drawing.guidance}
         return DrawnSettings(given, self.model.vocabulary.length + 2)
 
+    def decoding_defaults(self) -> dict[str, Any]:
+        return {}
+
+    def checked_decoding(self, /, **options) -> dict[str, Any]:
+        if options:
+            raise InvalidInput(
+                f"{self.name} has no options of decoding, so {', '.join(options)} cannot be chosen there; steps and "
+                "guidance of drawing are settings of its own"
+            )
+        return {}
+
     def options_of(self, settings: DrawnSettings) -> dict[str, Any]:
         return dict(settings.options)
 
@@ -94,6 +106,7 @@ class WrittenPictures:
         seed: int | Sequence[int] | None = None,
         start=None,
         keep=None,
+        decoding: Mapping[str, Any] | None = None,
         batch_size: int = 8,
         previews: bool = False,
         on_step: OnStep | None = None,
@@ -101,6 +114,7 @@ class WrittenPictures:
     ) -> Generation:
         if start is not None or keep is not None:
             raise InvalidInput(f"{self.name} writes whole pictures: none of one can be kept")
+        self.checked_decoding(**check_names(decoding, "decoding"))
         settings = self.checked_settings(**options)
         return self.model.draw(
             self.requests(labels), seed=seed, batch_size=batch_size, on_step=on_step, **settings.options

@@ -258,8 +258,8 @@ class XAR(ImageGenerator):
     def encode_content(self, pixels_B3HW: Tensor) -> Tensor:
         return self.tokenizer.encode_latents(pixels_B3HW)
 
-    def decode_content(self, latents_BCGG: Tensor) -> Tensor:
-        return self.tokenizer.decode_latents(latents_BCGG)
+    def decode_content(self, latents_BCGG: Tensor, **arguments) -> Tensor:
+        return self.tokenizer.decode_latents(latents_BCGG, **arguments)
 
     def check_content(self, content: Tensor) -> Tensor:
         """`content` as latents [B, C, G, G], or InvalidInput."""

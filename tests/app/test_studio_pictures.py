@@ -128,6 +128,40 @@ def test_coarse_scales_stay(user):
     page.locator("#generate-labels").wait_for()
 
 
+def test_the_decoder_of_generated_pictures(user):
+    page = user.page
+    user.tab("Generate")
+    user.choose("#generate-model", "writer (local)")
+    page.locator("#generate-decoder").wait_for(state="hidden")
+    user.choose("#generate-model", "classes (local)")
+    page.locator("#generate-decoder").wait_for()
+    page.locator("#generate-decoder button").first.click()
+    page.locator("#generate-decoder-steps").wait_for()
+    assert page.locator("#generate-decoder-steps input").input_value() == "4"
+    page.locator("#generate-fresh input").set_checked(False)
+    user.fill("#generate-count", 1, then="Tab")
+    user.fill("#generate-seed", 95)
+    page.get_by_text("seed 95 ·").first.wait_for()
+    (plain,) = user.made(1)
+    assert "decoding" not in code(user, "python")
+    user.fill("#generate-decoder-steps", 2, then="Tab")
+    user.fill("#generate-decoder-seed", 6)
+    page.wait_for_function(
+        "before => document.querySelector('#generate-grid .mt-made img')?.getAttribute('src') !== before", arg=plain
+    )
+    user.made(1)
+    assert "decoding={'steps': 2, 'seed': 6}" in code(user, "python")
+    assert "--decoding steps=2 --decoding seed=6" in code(user, "command")
+    page.locator("#generate-panel .mt-unit").nth(0).click()
+    user.fill("#generate-seed", 97, then="Tab")
+    page.locator("#generate-redo").click()
+    page.get_by_text("seed 97 ·").first.wait_for()
+    assert code(user, "command").count("--decoding steps=2") == 2
+    user.fill("#generate-decoder-steps", 0)
+    user.toasts.get_by_text("Decoder: steps=0 must be").first.wait_for()
+    user.forget_toasts()
+
+
 def test_endpoints(studio_url, models_dir, tmp_path):
     client = Client(studio_url, verbose=False, download_files=str(tmp_path))
     photo = tmp_path / "photo.png"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shlex
+from types import SimpleNamespace
 
 import gradio as gr
 import mediatok as mt
@@ -18,10 +19,14 @@ from mediatok.app.studio_actions import (
     with_edits,
 )
 from mediatok.app.studio_code import command_code, generation_command, generation_python, python_code
+from mediatok.app.studio_context import Studio
+from mediatok.app.studio_decoding import DECODING, decoding_controls, decoding_updates
 from mediatok.app.studio_gallery import chosen_panel
+from mediatok.app.studio_generate import NUM_ADAPTED, NUM_OUTPUTS, GenerateEvents
 from mediatok.app.studio_generation import first_gallery, make_pictures, own_settings
-from mediatok.app.studio_image_controls import budget_kinds, count_slider, decoding_controls, decoding_updates
+from mediatok.app.studio_image_controls import budget_kinds, count_slider
 from mediatok.app.studio_models import GENERATOR, Catalogue
+from mediatok.app.studio_session import Session
 from mediatok.app.studio_worker import Device, Job
 from PIL import Image
 
@@ -61,8 +66,14 @@ def test_controls_are_what_the_tokenizer_has(catalogue):
     assert [count_slider(one)["maximum"] for one in (flextok, tokenflow, seed)] == [8, 3, 4]
     assert [count_slider(one)["interactive"] for one in (flextok, tokenflow, seed)] == [True, True, False]
     with gr.Blocks():
-        shown = [[field.visible for field in decoding_controls(one)[1]] for one in (flextok, tokenflow, seed)]
-    assert shown == [[True] * 4, [False] * 4, [True, True, True, False]]
+        made = [decoding_controls(one, "image-decoder", "image") for one in (flextok, tokenflow, seed)]
+    assert [group.visible for group, _ in made] == [True, False, True]
+    assert [[field.visible for field in fields] for _, fields in made] == [
+        [True] * 4, [False] * 4, [True, True, True, False],
+    ]  # fmt: skip
+    assert [field.elem_id for field in made[0][1]] == [
+        "image-steps", "image-guidance", "image-seed", "image-norm-guidance",
+    ]  # fmt: skip
     assert [update.value for update in decoding_updates(flextok)[1:]] == [4, 2.0, 0, True]
 
 
@@ -167,6 +178,91 @@ def test_shown_code_makes_the_same_pictures(catalogue, name, tmp_path, monkeypat
         for path in (f"{seed}.png", f"generated/{wanted[0].replace(' ', '-')}-{seed}.png"):
             by_code = np.asarray(mt.read_image(path), dtype=int)
             assert np.abs(by_code - np.asarray(made.image, dtype=int)).max() <= 2
+
+
+def test_the_decoder_of_a_generator_is_its_tokenizers(catalogue):
+    flextok = catalogue.get(catalogue.source_of("flextok"))
+    classes, writer, teller = (catalogue.get(str(catalogue.models_dir / name), GENERATOR) for name in GENERATORS)
+    values = [update.value for update in decoding_updates(flextok)[1:]]
+    with gr.Blocks():
+        made = [decoding_controls(one, "generate-decoder", "generate-decoder") for one in (classes, writer, teller)]
+    # What draws by a decoder with settings of its own has no others.
+    assert [group.visible for group, _ in made] == [True, False, False]
+    assert [field.value for field in made[0][1]] == values == [4, 2.0, 0, True]
+    assert made[0][1][0].elem_id == "generate-decoder-steps"
+
+
+def test_decoder_options_reach_gallery_and_its_code(catalogue, tmp_path, monkeypatch):
+    source = str(catalogue.models_dir / "classes")
+    generator = catalogue.get(source, GENERATOR)
+    own = generator.decoding_defaults()
+    run = generator, source, ["apple"], 5, 3, 1.5, Job(), None
+    plain = make_pictures(*run, decoding=own)
+    assert plain.pictures[0].recipe.decoding == {}
+    assert "decoding" not in generation_python(plain) + generation_command(plain)
+    chosen = {"steps": 2, "guidance": None, "seed": 7, "norm_guidance": False}
+    gallery = make_pictures(*run, decoding=own | chosen)
+    (made,) = gallery.pictures
+    assert made.recipe.decoding == {"steps": 2, "seed": 7, "norm_guidance": False}
+    assert made.content.tolist() == plain.pictures[0].content.tolist()
+    assert made.image.tobytes() != plain.pictures[0].image.tobytes()
+    varied = make_pictures(generator, source, ["apple"], 6, 3, 1.5, Job(), None, made, (0,), {"steps": 1})
+    start, made_again = generation_python(varied).splitlines()[3:5]
+    assert start.endswith("guidance=1.5, decoding={'steps': 2, 'norm_guidance': False, 'seed': 7})")
+    assert "guidance=1.5, decoding={'steps': 1}, start=start, keep=[0]" in made_again
+    first, second = generation_command(varied).splitlines()
+    assert "--decoding steps=2 --decoding norm_guidance=false --decoding seed=7 --out start-1.png" in first
+    assert "--decoding steps=1 --edit start-1.mtok --keep 0" in second
+    monkeypatch.chdir(tmp_path)
+    for shown in (gallery, varied):
+        exec(compile(generation_python(shown), "shown", "exec"), {})
+        run_commands(generation_command(shown))
+        (picture,) = shown.pictures
+        for path in (f"{picture.recipe.seed}.png", f"generated/apple-{picture.recipe.seed}.png"):
+            by_code = np.asarray(mt.read_image(path), dtype=int)
+            assert np.abs(by_code - np.asarray(picture.image, dtype=int)).max() <= 2
+    with pytest.raises(mt.InvalidInput, match="steps=0"):
+        make_pictures(*run, decoding=own | {"steps": 0})
+
+
+def test_decoder_fields_are_heard(catalogue, tmp_path, recwarn):
+    """A run, a variant of its picture, a mistake, and another generator, whose fields say nothing of this picture."""
+    source, other = (str(catalogue.models_dir / name) for name in ("classes", "writer"))
+    events, session = GenerateEvents(Studio(catalogue, tmp_path)), Session(tmp_path, tmp_path / "none.png")
+    asked = {"labels": ["apple"], "prompt": ""}
+    numbers = {"count": 1, "seed": 3, "fresh": False, "steps": 3, "guidance": 1.5}
+
+    def run(outputs):
+        shown = list(outputs)
+        assert all(len(one) == NUM_OUTPUTS for one in shown)
+        return shown[-1]
+
+    def recipe():
+        return session.gallery.pictures[0].recipe
+
+    shown = run(events.make(session, source, *asked.values(), *numbers.values(), 2, 2.0, 0, True))
+    assert recipe().decoding == {"steps": 2}
+    assert "decoding={'steps': 2}" in shown[6]
+    assert "--decoding steps=2" in shown[7]
+    with Image.open(shown[4]) as file:
+        assert "--decoding steps=2" in file.text["command"]
+    click = SimpleNamespace(keep=[0])
+    shown = run(events.vary(session, click, source, *numbers.values(), 2, 2.0, 9, True))
+    assert (recipe().decoding, recipe().start.decoding) == ({"steps": 2, "seed": 9}, {"steps": 2})
+    assert shown[6].count("decoding={'steps': 2") == 2
+    session.chosen = 1
+    run(events.vary(session, click, other, *numbers.values(), None, None, None, None))
+    assert recipe().decoding == recipe().start.decoding == {"steps": 2, "seed": 9}
+    before = session.gallery
+    assert len(list(events.make(session, source, *asked.values(), *numbers.values(), 0, 2.0, 0, True))) == 1
+    assert session.gallery is before
+    (message,) = [str(warning.message) for warning in recwarn if "steps=0" in str(warning.message)]
+    assert message.startswith("Decoder: ")
+
+    adapted = events.adapt(session, other, ["apple"], source)
+    assert len(adapted) == NUM_ADAPTED
+    assert [adapted[6].visible, *(field.visible for field in adapted[7:-1])] == [False] * (1 + len(DECODING))
+    assert events.adapt(session, source, [], other)[6].visible
 
 
 def test_pieces_that_stay(catalogue):

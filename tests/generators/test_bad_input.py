@@ -68,6 +68,13 @@ def test_other_options_are_checked(make_small):
         make_small("xar").generate(0, temperature=1)
 
 
+def test_decoders_without_options_take_none(gen):
+    assert gen.decoding_option_names == ()
+    assert len(gen.generate(0, decoding={})) == 1
+    with pytest.raises(mt.InvalidInput, match=r"no option 'steps' of decoding. It has none"):
+        gen.generate(0, decoding={"steps": 3})
+
+
 def test_configs_of_strangers(gen, tmp_path):
     """A wrong config is told as such, before it costs memory, and not by what breaks later."""
     gen.save_pretrained(tmp_path)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from mediatok.generators.seed_llama import SeedLLaMA
 from mediatok.generators.seed_llama_sampling import ImageVocabulary, Spans
+from mediatok.generators.written_pictures import picture_generator
 from mediatok.tokenizers.image.seed import Seed
 from tokenizers.models import BPE
 
@@ -196,6 +197,16 @@ def test_draw(model):
     alone = model.draw("a dog", seed=4, top_p=1.0, negative=False)
     assert torch.equal(alone.content[0], generation.content[1])
     assert painter.negatives is None
+
+
+def test_drawing_has_options_of_its_own(model):
+    maker = picture_generator(model)
+    assert maker.decoding_option_names == ()
+    assert len(maker.sample("a cat", seed=3, top_p=1.0, decoding={}).images) == 1
+    with pytest.raises(mt.InvalidInput, match="no options of decoding, so steps, seed cannot be chosen there"):
+        maker.sample("a cat", decoding={"steps": 2, "seed": 1})
+    with pytest.raises(mt.InvalidInput, match="decoding must be names with values"):
+        maker.sample("a cat", decoding=3)
 
 
 def log_chances(model, prompts):

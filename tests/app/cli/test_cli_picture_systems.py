@@ -140,9 +140,39 @@ def test_next_tokens_of_classes(run, picture_models):
     )
 
 
+def test_generated_tokens_are_decoded_as_it_is_told(run, picture_models):
+    folder, options = picture_models / "classes", ["robot", "--seed", 2, "--json"]
+    ways = {"plain": [], "same": ["steps=4", "norm_guidance=true"], "steps": ["steps=2"]}
+    ways |= {"all": ["steps=2", "guidance=5.5", "norm_guidance=no", "seed=7"]}
+    for name, pairs in ways.items():
+        words = [word for pair in pairs for word in ("--decoding", pair)]
+        record = told(run("generate", folder, *options, *words, "--out", f"{name}.png"))
+        assert ("decoding" in record) == bool(pairs)
+    assert record["decoding"] == {"steps": 2, "guidance": 5.5, "norm_guidance": False, "seed": 7}
+    made = {name: pixels(f"{name}.png") for name in ways}
+    assert made["plain"] == made["same"]
+    assert len({str(picture) for picture in made.values()}) == 3
+    (own,) = mt.load(folder).generate("robot", seed=2, decoding=record["decoding"])
+    assert np.abs(np.array(own, dtype=int) - np.array(made["all"])).max() <= 2  # the command packs the weights
+    with Image.open("all.png") as picture:
+        text = dict(picture.text)
+    assert text["decoding"] == "steps=2, guidance=5.5, norm_guidance=false, seed=7"
+    again = run("generate", folder, *shlex.split(text["command"])[3:], "--out", "again.png")
+    assert again.code == 0, again.err
+    assert pixels("again.png") == made["all"]
+
+
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
+        ("classes", ["apple", "--decoding", "stepz=2"], "Did you mean 'steps'?"),
+        ("classes", ["apple", "--decoding", "steps=0"], "steps=0 must be a whole number from 1 to 1000"),
+        ("classes", ["apple", "--decoding", "guidance=NaN"], "guidance=nan must be a number"),
+        ("classes", ["apple", "--decoding", "steps"], "--decoding steps must be name=value"),
+        ("classes", ["apple", "--decoding", "steps=2", "--decoding", "steps=3"], "--decoding steps is given twice"),
+        ("writer", ["-p", "a", "--decoding", "steps=2"], "no option 'steps' of decoding. It has none."),
+        ("storyteller", ["-p", "a", "--decoding", "steps=2"], "has no options of decoding, so steps cannot be chosen"),
+        ("classes", ["apple", "--set", "decoding=2"], "no option 'decoding'"),
         ("classes", ["--prompt", "a cat"], "reads no text"), ("writer", ["--prompt", " "], "is empty"),
         ("writer", ["--prompt", "x" * 10_000], "10000 characters"), ("writer", ["-p", "a\x07b"], "control character"),
         ("storyteller", ["-p", "x" * 10_000], "10000 characters"), ("storyteller", ["-p", "a", "--steps", 0], "steps"),

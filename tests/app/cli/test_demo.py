@@ -4,9 +4,12 @@ import sys
 
 import mediatok as mt
 import pytest
+import torch
 from mediatok.app import demo, demo_speech
 from mediatok.core import registry
-from PIL import Image
+from mediatok.core.images import read_image
+from mediatok.evaluation import retrieval
+from PIL import Image, ImageEnhance, ImageOps
 
 
 @pytest.fixture
@@ -72,6 +75,17 @@ def test_shipped_models_give_the_samples_back(name, least):
     assert means[-1] >= least
     assert means == sorted(means)
     assert len(means) == (2 if tokenizer.is_variable_length else 1)
+
+
+def test_ids_of_seed_tiny_tell_what_a_picture_shows():
+    tokenizer = registry.load("seed-tiny")
+    emoji = [read_image(path) for path in sorted(demo.SAMPLES.glob("*.png")) if path.stem != demo.TILED_SAMPLE]
+    paler = [ImageEnhance.Color(ImageOps.expand(ImageOps.mirror(image), 40, "white")).enhance(0.6) for image in emoji]
+    similarity = retrieval.similarities(tokenizer, paler, emoji)["embedding"]
+    found = similarity.argmax(dim=1)
+    assert (found == torch.arange(len(emoji))).float().mean() >= 0.8  # smaller, mirrored, and paler
+    assert len(demo.check_tokenizer(tokenizer, [demo.SAMPLES / "tiger.png", demo.SAMPLES / "landscape.png"])) == 2
+    assert tokenizer.encode(emoji[0]).num_bytes < 100
 
 
 def test_samples_are_small_and_attributed():
